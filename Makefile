@@ -1,0 +1,37 @@
+# Everything sets itself up in .venv; nothing else has to be installed but Python 3.11 or newer.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+
+.PHONY: demo evaluate test lint types world clean
+.DEFAULT_GOAL := demo
+
+$(VENV)/.demo: setup.cfg constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --editable ".[evaluate]"
+	touch $@
+
+$(VENV)/.dev: setup.cfg constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --editable ".[dev]"
+	touch $@
+
+demo: $(VENV)/.demo
+	$(BIN)/diffusers-sae demo
+
+evaluate: $(VENV)/.demo
+	$(BIN)/diffusers-sae evaluate
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) outputs build *.egg-info

@@ -1,0 +1,61 @@
+"""Captured activations, with a label for every row: timestep, guidance branch and image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from .context import DenoisingContext
+from .sites import LAYOUTS, Site
+
+
+@dataclass
+class SiteActivations:
+    """What one site held, in the order in which it was seen.
+
+    `tensor (N, ...)` has one entry for each denoiser call, branch and image; `timestep (N,)`, `branch` (N names) and
+    `image (N,)` say which. Images count on over calls of the pipeline.
+    """
+
+    site: Site
+    _tensors: list[torch.Tensor] = field(default_factory=list)
+    _labels: list[tuple[float, str, int]] = field(default_factory=list)
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        return torch.cat(self._tensors)
+
+    @property
+    def timestep(self) -> torch.Tensor:
+        return torch.tensor([t for t, _, _ in self._labels])
+
+    @property
+    def branch(self) -> list[str]:
+        return [b for _, b, _ in self._labels]
+
+    @property
+    def image(self) -> torch.Tensor:
+        return torch.tensor([i for _, _, i in self._labels])
+
+    def select(
+        self, branch: str | None = None, timestep: float | None = None, image: int | None = None
+    ) -> torch.Tensor:
+        """The entries with these labels, `(M, ...)`."""
+        wanted = (timestep, branch, image)
+        keep = [all(w is None or w == have for w, have in zip(wanted, row, strict=True)) for row in self._labels]
+        return self.tensor[torch.tensor(keep, dtype=torch.bool)]
+
+    def rows(self, branch: str | None = None, timestep: float | None = None, image: int | None = None) -> torch.Tensor:
+        """`select`, as rows `(M, P, d)` in the site's layout: what an SAE takes."""
+        return LAYOUTS[self.site.layout].to_rows(self.select(branch, timestep, image))
+
+    def take(self, x: torch.Tensor, context: DenoisingContext, first_image: int) -> None:
+        """Add one call's tensor `(rows, ...)`."""
+        self._tensors.append(x.detach().clone())
+        n = context.images
+        self._labels += [(context.timestep, context.branches[r // n], first_image + r % n) for r in range(len(x))]
+
+
+class Activations(dict[str, SiteActivations]):
+    """`{path: SiteActivations}`, filled while `with pipe.capture(...)` is open."""

@@ -1,0 +1,105 @@
+"""Activations straight from a generating pipeline, several sites in one pass, and a buffer that shuffles their rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+
+from ..activations import SiteActivations
+from ..errors import InputError
+
+
+@dataclass
+class StreamBatch:
+    """One generation: its prompts and, for every site, what it held at every timestep.
+
+    `first_image` counts the images that came before this batch.
+    """
+
+    prompts: list[str]
+    first_image: int
+    sites: dict[str, SiteActivations]
+
+    def rows(self, path: str, branch: str = "cond") -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows `(T, images, P, d)` in fp32 of one branch, and the timesteps `(T,)`."""
+        site = self.sites[path]
+        keep = [b == branch for b in site.branch]
+        if not any(keep):
+            raise InputError(
+                f"{path} held no rows of the branch {branch!r}; it held {', '.join(sorted(set(site.branch)))}."
+            )
+        rows = site.rows(branch=branch).float()
+        timesteps = site.timestep[torch.tensor(keep)]
+        n = len(self.prompts)
+        return rows.view(-1, n, *rows.shape[1:]), timesteps[::n]
+
+
+def stream_activations(
+    pipe: Any,
+    sites: Sequence[str],
+    prompts: Iterable[str],
+    *,
+    batch_size: int = 16,
+    seed: int = 0,
+    skip: int = 0,
+    **call: Any,
+) -> Iterator[StreamBatch]:
+    """Generate latents for `prompts` and yield what the sites held, a batch of prompts at a time.
+
+    Image `i` starts from the noise of seed `seed + i`, whatever the batch size, so that a run can be resumed:
+    `skip` leaves out the first images. `call` goes to the pipeline (`num_inference_steps`, `guidance_scale`, ...).
+    """
+    stream = islice(iter(prompts), skip, None)
+    first = skip
+    while batch := list(islice(stream, batch_size)):
+        generators = [torch.Generator().manual_seed(seed + first + i) for i in range(len(batch))]
+        with pipe.capture(sites) as activations:
+            pipe(batch, generator=generators, output_type="latent", **call)
+        yield StreamBatch(batch, first, dict(activations))
+        first += len(batch)
+
+
+class ShuffleBuffer:
+    """Keeps up to `capacity` rows and gives them back in random order.
+
+    Rows are drawn only while the buffer is more than half full, so that those of a batch come from different images.
+    """
+
+    def __init__(self, capacity: int, d: int, generator: torch.Generator | None = None) -> None:
+        self._rows = torch.empty(capacity, d)
+        self._count = 0
+        self._generator = generator
+
+    @property
+    def capacity(self) -> int:
+        return len(self._rows)
+
+    def add(self, rows: torch.Tensor) -> None:
+        """Add rows `(..., d)`; those that do not fit replace random ones."""
+        rows = rows.reshape(-1, rows.shape[-1]).to(self._rows)
+        free = min(len(rows), self.capacity - self._count)
+        self._rows[self._count : self._count + free] = rows[:free]
+        self._count += free
+        if free < len(rows):
+            places = torch.randperm(self.capacity, generator=self._generator)[: len(rows) - free]
+            self._rows[places] = rows[free : free + len(places)]
+
+    def draw(self, n: int) -> Iterator[torch.Tensor]:
+        """Random batches of `n` rows, taken out of the buffer, until it is half full."""
+        while self._count - n >= self.capacity // 2:
+            picks = torch.randperm(self._count, generator=self._generator)[:n]
+            batch = self._rows[picks]
+            last = torch.arange(self._count - n, self._count)
+            holes = picks[picks < self._count - n]
+            movers = last[~torch.isin(last, picks)]
+            self._rows[holes] = self._rows[movers]
+            self._count -= n
+            yield batch
+
+    def peek(self) -> torch.Tensor:
+        """The rows that lie in the buffer, `(count, d)`."""
+        return self._rows[: self._count]

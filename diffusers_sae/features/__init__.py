@@ -1,0 +1,1 @@
+"""What the latents mean: statistics per timestep, concept scores."""

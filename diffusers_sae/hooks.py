@@ -1,0 +1,153 @@
+"""The hook that reads a site, edits what an SAE sees in it and writes the change back; and the hook that captures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers.hooks import HookRegistry, ModelHook
+from torch import nn
+
+from .context import DenoisingContext
+from .edits import Edit, code_change
+from .errors import InputError
+from .saes import LatentStatistics, SparseAutoencoder
+from .sites import LAYOUTS, Site, grid_of, input_of, tensor_of, with_tensor
+
+
+@dataclass
+class LoadedSAE:
+    """An SAE at a site of one pipeline."""
+
+    name: str
+    sae: SparseAutoencoder
+    site: Site
+    statistics: LatentStatistics | None = None
+    enabled: bool = True
+    edits: list[Edit] = field(default_factory=list)
+
+    def delta(self, x: torch.Tensor, edit: Edit, context: DenoisingContext) -> torch.Tensor | None:
+        """`s(t) · (dec(z') - dec(z))` in fp32 for rows `x (images, P, d)` of one branch, or `None` for no change."""
+        if not edit.in_window(context.progress):
+            return None
+        strengths = edit.strengths_at(context, self.statistics)
+        if strengths is None:
+            return None
+        change = code_change(edit, self.sae, x, strengths)
+        return change @ self.sae.W_dec[list(edit.features)]  # (images or 1, P or 1, d)
+
+
+class SAEProcessor(ModelHook):
+    """Encode, edit, decode at one module, for all SAEs of one pipeline that sit there.
+
+    Every SAE reads the tensor as the model made it; their changes add up. While `armed()` is false, or if nothing
+    changes, the module's output is passed on untouched. Only `pre_forward` and `post_forward` are used, since
+    other hooks on the module come and go (see Hugging Face's `HookRegistry.remove_hook`).
+    """
+
+    def __init__(self, loaded: list[LoadedSAE], context: DenoisingContext, armed: Callable[[], bool]) -> None:
+        super().__init__()
+        self.loaded = loaded
+        self.context = context
+        self.armed = armed
+        self.calls = 0
+        self._input: torch.Tensor | None = None
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
+        if not self.armed():
+            return args, kwargs
+        self.calls += 1
+        if any(one.site.kind == "update" and one.edits for one in self.loaded):
+            self._input = input_of(args, kwargs)
+        if any(one.site.kind == "input" and one.edits for one in self.loaded):
+            x = input_of(args, kwargs)
+            edited = self._edited(x, x, ("input",))
+            if args:
+                args = (edited, *args[1:])
+            else:
+                kwargs = {**kwargs, "hidden_states": edited}
+        return args, kwargs
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        if not self.armed():
+            return output
+        x = tensor_of(output)
+        edited = self._edited(x, x, ("output",))
+        if self._input is not None:
+            edited = self._edited(edited, x - self._input, ("update",))
+            self._input = None
+        return output if edited is x else with_tensor(output, edited)
+
+    def _edited(self, x: torch.Tensor, seen: torch.Tensor, kinds: tuple[str, ...]) -> torch.Tensor:
+        """`x` with the changes that the SAEs of these kinds make from what they see; `x` itself if there are none."""
+        changed: torch.Tensor | None = None
+        for one in self.loaded:
+            if not one.enabled or one.site.kind not in kinds:
+                continue
+            layout = LAYOUTS[one.site.layout]
+            for edit in one.edits:
+                mask = (
+                    edit.mask_at(grid_of(x, self.context.size), self.context.images) if edit.mask is not None else None
+                )
+                for branch in self.context.branches:
+                    if not edit.acts_on(branch):
+                        continue
+                    rows = self.context.rows_of(branch)
+                    sae_input = layout.to_rows(seen[rows]).float()  # (images, P, d)
+                    _check_width(sae_input, one)
+                    one.sae.to(x.device)
+                    delta = one.delta(sae_input, edit, self.context)
+                    if delta is None:
+                        continue
+                    if mask is not None:
+                        delta = delta * mask.to(delta.device)
+                    changed = torch.zeros_like(x, dtype=torch.float32) if changed is None else changed
+                    changed[rows] += layout.from_rows(delta.expand_as(sae_input), seen[rows])
+        if changed is None:
+            return x
+        changed = changed.to(x.dtype)
+        return torch.where(changed == 0, x, x + changed)  # adding 0 would turn -0 into +0
+
+
+def _check_width(x: torch.Tensor, one: LoadedSAE) -> None:
+    if x.shape[-1] != one.sae.d_in:
+        raise InputError(
+            f"The SAE {one.name!r} takes activations of width {one.sae.d_in} and {one.site} has {x.shape[-1]}; "
+            "load an SAE that was trained at this site."
+        )
+
+
+class CaptureHook(ModelHook):
+    """Hands every output of a module to `take(site, tensor)` while `armed()` is true."""
+
+    def __init__(self, site: Site, take: Callable[[Site, torch.Tensor], None], armed: Callable[[], bool]) -> None:
+        super().__init__()
+        self.site, self.take, self.armed = site, take, armed
+        self._input: torch.Tensor | None = None
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
+        if self.armed() and self.site.kind != "output":
+            self._input = input_of(args, kwargs)
+        return args, kwargs
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        if self.armed():
+            x = tensor_of(output)
+            if self._input is not None:
+                x, self._input = (self._input if self.site.kind == "input" else x - self._input), None
+            self.take(self.site, x)
+        return output
+
+
+def attach(denoiser: nn.Module, module: nn.Module, hook: ModelHook, name: str) -> None:
+    """Register `hook` on a block of `denoiser`, so that caches of the hook system notice it."""
+    HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, name)
+    HookRegistry.check_if_exists_or_initialize(denoiser).invalidate_child_registries_cache()
+
+
+def detach(denoiser: nn.Module, module: nn.Module, name: str) -> None:
+    """Remove the hook `name` from a block of `denoiser`."""
+    HookRegistry.check_if_exists_or_initialize(module).remove_hook(name, recurse=False)
+    HookRegistry.check_if_exists_or_initialize(denoiser).invalidate_child_registries_cache()

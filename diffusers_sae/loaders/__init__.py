@@ -1,0 +1,134 @@
+"""Finding, checking and reading SAE weights: a hub repository, a folder, a file, or a state dict."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from ..errors import InputError
+from ..saes import ARCHITECTURES, LatentStatistics, SparseAutoencoder
+from ..saes.checksums import verify_checksums
+
+Source = str | os.PathLike | Mapping[str, torch.Tensor] | SparseAutoencoder
+KEYS = ("W_enc", "b_enc", "W_dec", "b_dec")
+COMPANIONS = ("statistics.safetensors", "concepts.safetensors")
+"""What lies beside an SAE's weights and is none of them."""
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def load_source(
+    source: str | os.PathLike | Mapping[str, torch.Tensor],
+    *,
+    subfolder: str | None = None,
+    weight_name: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    **hub_kwargs: Any,
+) -> tuple[SparseAutoencoder, LatentStatistics | None]:
+    """Read an SAE and, if they lie beside it, its statistics; raises `InputError` if it cannot be trusted or read."""
+    if isinstance(source, Mapping):
+        return build(source, config or {}, "The state dict"), None
+    path = Path(source)
+    if path.is_file():
+        folder, weight_name = path.parent, path.name
+    else:
+        folder = (path if path.is_dir() else download(str(source), subfolder, hub_kwargs)) / (subfolder or "")
+    if not folder.is_dir():
+        raise InputError(f"{folder} does not exist; its parent holds {_subfolders(folder.parent)}.")
+    verify_checksums(folder)
+    file = folder / (weight_name or _weights_in(folder))
+    sae = build(read_tensors(file), {**read_config(folder), **(config or {})}, str(file))
+    return sae, LatentStatistics.load(folder)
+
+
+def download(repository: str, subfolder: str | None, hub_kwargs: Mapping[str, Any]) -> Path:
+    """Fetch the repository, or one folder of it, and return where it lies."""
+    try:
+        return Path(snapshot_download(repository, allow_patterns=f"{subfolder}/*" if subfolder else None, **hub_kwargs))
+    except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"{repository!r} is no folder or file here and could not be fetched from the hub ({reason}); "
+            "check the name, the network and the token."
+        ) from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The folder's `config.json`, or nothing where there is none."""
+    file = folder / "config.json"
+    try:
+        return json.loads(file.read_text()) if file.is_file() else {}
+    except ValueError as error:
+        raise InputError(f"{file} cannot be read ({error}); fetch or save the SAE again.") from None
+
+
+def read_tensors(file: Path) -> Mapping[str, torch.Tensor]:
+    """Tensors of a safetensors file, or of a torch file that the weights-only loader accepts."""
+    if not file.is_file():
+        raise InputError(f"{file} does not exist; pass weight_name, the name of the weights file in that folder.")
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        tensors = torch.load(file, weights_only=True, map_location="cpu")
+    except pickle.UnpicklingError:
+        raise InputError(
+            f"{file} is a pickle that could run code, so it was not read; convert it to safetensors where you trust it."
+        ) from None
+    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
+        raise InputError(
+            f"{file} cannot be read ({error}); it is truncated or no weights file: fetch it again."
+        ) from None
+    return tensors.get("state_dict", tensors)
+
+
+def build(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], origin: str) -> SparseAutoencoder:
+    """An SAE from its tensors and its config; raises `InputError` unless they agree."""
+    missing = [k for k in KEYS if k not in tensors]
+    if missing:
+        raise InputError(f"{origin} has no {', '.join(missing)}; an SAE has the tensors {', '.join(KEYS)}.")
+    n, d = tensors["W_dec"].shape
+    for key, shape in (("W_enc", (n, d)), ("b_enc", (n,)), ("b_dec", (d,))):
+        if tuple(tensors[key].shape) != shape:
+            raise InputError(
+                f"{origin} has a {key} of shape {tuple(tensors[key].shape)}; with W_dec ({n}, {d}) it must be {shape}."
+            )
+    if not all(torch.isfinite(tensors[k]).all() for k in KEYS):
+        raise InputError(f"{origin} has weights that are not finite; fetch or train the SAE again.")
+    name = config.get("_class_name", "TopKSAE")
+    if name not in ARCHITECTURES:
+        raise InputError(f"{origin} is a {name}, which is not known; known are {', '.join(ARCHITECTURES)}.")
+    cls = ARCHITECTURES[name]
+    arguments = {k: v for k, v in config.items() if not k.startswith("_")} | {"d_in": d, "n_latents": n}
+    try:
+        sae = cls(**arguments)
+    except TypeError as error:
+        raise InputError(
+            f"{origin} cannot be made a {name} ({error}); pass what is missing as config={{...}}."
+        ) from None
+    sae.load_state_dict({k: tensors[k].float() for k in KEYS})
+    return sae
+
+
+def _weights_in(folder: Path) -> str:
+    files = sorted(p.name for p in folder.glob("*.safetensors") if p.name not in COMPANIONS)
+    if WEIGHTS in files:
+        return WEIGHTS
+    if len(files) == 1:
+        return files[0]
+    if files:
+        raise InputError(f"{folder} holds several weights files ({', '.join(files)}); pass weight_name.")
+    raise InputError(f"{folder} holds no SAE; pass subfolder, one of: {_subfolders(folder)}.")
+
+
+def _subfolders(folder: Path) -> str:
+    names = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+    return ", ".join(names) or "none"

@@ -1,0 +1,280 @@
+"""`SAESteeringPipeline`: any supported diffusers pipeline, with SAEs to load, latents to turn and sites to capture."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from .activations import Activations, SiteActivations
+from .context import check_supported
+from .edits import Strength, make_edit
+from .errors import InputError
+from .hooks import CaptureHook, LoadedSAE
+from .loaders import Source, load_source
+from .saes import SparseAutoencoder
+from .sites import Site, resolve, width_of
+from .state import SteeringState
+
+
+class SAESteeringMixin:
+    """What steering adds to a diffusers pipeline. Mix it in before the pipeline's class, or use `SAESteeringPipeline`.
+
+    SAEs are side-loaded, as LoRAs are: they are no components, and `save_pretrained` writes the stock pipeline.
+    """
+
+    @property
+    def _steering(self) -> SteeringState:
+        state = self.__dict__.get("_steering_state")
+        if state is None:
+            state = self.__dict__["_steering_state"] = SteeringState(self)
+        return state
+
+    def load_sae(
+        self,
+        pretrained_model_name_or_path_or_dict: Source,
+        site: Site | str | None = None,
+        adapter_name: str | None = None,
+        subfolder: str | None = None,
+        weight_name: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        config: Mapping[str, Any] | None = None,
+        **hub_kwargs: Any,
+    ) -> None:
+        """Load an SAE and hook it to its site; nothing changes until `steer` is called.
+
+        Args:
+            pretrained_model_name_or_path_or_dict: hub repository, folder, weights file, state dict or SAE object.
+            site: where it acts; by default the site its config names.
+            adapter_name: name to call it by; by default `default_0`, `default_1`, ...
+            subfolder, weight_name, revision, token, hub_kwargs: as in diffusers' loaders.
+            config: the SAE's arguments (`{"k": 32}`), for weights that come without a `config.json`.
+
+        Raises:
+            InputError: unknown site, wrong width, name in use, unreadable, altered or unsafe file. The pipeline is left
+                as it was.
+        """
+        check_supported(self)
+        name = adapter_name or next(n for i in range(10**6) if (n := f"default_{i}") not in self._steering.loaded)
+        if name in self._steering.loaded:
+            raise InputError(
+                f"An SAE named {name!r} is loaded already; choose another adapter_name or delete_saes({name!r})."
+            )
+        source = pretrained_model_name_or_path_or_dict
+        if isinstance(source, SparseAutoencoder):
+            sae, statistics = source, None
+        else:
+            sae, statistics = load_source(
+                source, subfolder=subfolder, weight_name=weight_name, revision=revision, token=token,
+                config=config, **hub_kwargs,
+            )  # fmt: skip
+        trained = sae.provenance.get("site")
+        wanted = site if site is not None else trained
+        if wanted is None:
+            raise InputError("The SAE does not say which site it is for; pass site='unet.…'.")
+        place = Site.of(wanted)
+        module = resolve(self, place)
+        width = width_of(module)
+        if width is not None and width != sae.d_in:
+            raise InputError(
+                f"The SAE takes activations of width {sae.d_in} and {place} has {width}; "
+                "load an SAE that was trained at this site."
+            )
+        _warn_of_other_origin(self, sae, place)
+        self._steering.add(LoadedSAE(name, sae.eval().requires_grad_(False), place, statistics), module)
+
+    def steer(
+        self,
+        features: Mapping[int, Strength],
+        adapter_name: str | None = None,
+        mode: str = "add",
+        start: float = 0.0,
+        stop: float = 1.0,
+        branch: str = "cond",
+        mask: Any = None,
+        unit: str = "raw",
+    ) -> None:
+        """Add an edit to the plan; it stays in force until `reset_steering`.
+
+        Args:
+            features: `{feature: strength}`. A strength is a number, a list with one number an image of the batch, a
+                function of progress, or a `StrengthTable` over timesteps.
+            adapter_name: which SAE's features; may be left out if only one is loaded.
+            mode: `add` (z + s), `set` (s), `scale` (s z) or `ablate` (z - s z).
+            start, stop: progress between which it acts; 0 is pure noise, 1 the finished image.
+            branch: guidance branch: `cond`, `uncond` or `both`.
+            mask: places it acts at: PIL image, array or tensor `(H, W)` or `(images, H, W)`, in [0, 1].
+            unit: of the strengths: `raw` activation, or multiples of the latent's `mean` while firing or of its `max`,
+                at that timestep.
+
+        Raises:
+            InputError: anything above is wrong. The plan is left as it was.
+        """
+        one = self._named(adapter_name)
+        one.edits.append(
+            make_edit(
+                features, one.sae, mode=mode, start=start, stop=stop, branch=branch, mask=mask, unit=unit,
+                statistics=one.statistics,
+            )
+        )  # fmt: skip
+
+    @contextmanager
+    def steering(self, features: Mapping[int, Strength], **kwargs: Any) -> Iterator[None]:
+        """`steer` for the length of a `with` block; the plan is then as it was before."""
+        before = {name: list(one.edits) for name, one in self._steering.loaded.items()}
+        self.steer(features, **kwargs)
+        try:
+            yield
+        finally:
+            for name, one in self._steering.loaded.items():
+                one.edits[:] = before.get(name, [])
+
+    def reset_steering(self, adapter_name: str | None = None) -> None:
+        """Drop all edits, or those of one SAE."""
+        for one in [self._named(adapter_name)] if adapter_name else self._steering.loaded.values():
+            one.edits.clear()
+
+    @contextmanager
+    def capture(self, sites: Sequence[Site | str]) -> Iterator[Activations]:
+        """Collect activations, as the following layers see them, from all calls inside the `with` block.
+
+        Yields:
+            `{path: SiteActivations}`, each with its tensor and labels (timestep, branch, image).
+        """
+        check_supported(self)
+        if isinstance(sites, (str, Site)):
+            raise InputError(f"capture takes a list of sites; pass [{str(sites)!r}].")
+        places = [Site.of(s) for s in sites]
+        modules = [resolve(self, place) for place in places]
+        activations = Activations({place.path: SiteActivations(place) for place in places})
+        state = self._steering
+
+        def take(site: Site, x: torch.Tensor) -> None:
+            activations[site.path].take(x, state.context, state.first_image)
+
+        hooks = [CaptureHook(place, take, lambda: state.armed) for place in places]
+        with state.attached(list(zip(modules, hooks, strict=True))):
+            yield activations
+
+    def enable_sae(self, adapter_name: str | None = None) -> None:
+        """Let the edits of one SAE, or of all, act again."""
+        self._switch(adapter_name, True)
+
+    def disable_sae(self, adapter_name: str | None = None) -> None:
+        """Keep the edits of one SAE, or of all, but let them rest."""
+        self._switch(adapter_name, False)
+
+    def get_list_saes(self) -> dict[str, dict[str, Any]]:
+        """`{name: {site, architecture, d_in, n_latents, enabled, edits}}` of every loaded SAE."""
+        return {
+            name: {
+                "site": str(one.site),
+                "architecture": type(one.sae).__name__,
+                "d_in": one.sae.d_in,
+                "n_latents": one.sae.n_latents,
+                "enabled": one.enabled,
+                "edits": len(one.edits),
+            }
+            for name, one in self._steering.loaded.items()
+        }
+
+    def delete_saes(self, adapter_names: str | Sequence[str]) -> None:
+        """Unload the named SAEs and their edits."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        for one in [self._named(name) for name in names]:
+            self._steering.remove(one)
+
+    def unload_sae(self) -> None:
+        """Unload every SAE; the pipeline is then as it was before the first `load_sae`."""
+        self.delete_saes(list(self._steering.loaded))
+
+    def _named(self, name: str | None) -> LoadedSAE:
+        loaded = self._steering.loaded
+        if name is None and len(loaded) == 1:
+            return next(iter(loaded.values()))
+        if name in loaded:
+            return loaded[name]
+        if not loaded:
+            raise InputError("No SAE is loaded; call load_sae first.")
+        wrong = "adapter_name is missing" if name is None else f"No SAE is named {name!r}"
+        raise InputError(f"{wrong}; loaded are {', '.join(map(repr, loaded))}, so choose one of them.")
+
+    def _switch(self, name: str | None, enabled: bool) -> None:
+        for one in [self._named(name)] if name else self._steering.loaded.values():
+            one.enabled = enabled
+
+
+class SAESteeringPipeline(SAESteeringMixin):
+    """Makes any supported diffusers pipeline steerable.
+
+    Both constructors return an object that is an instance of `SAESteeringPipeline` and of the stock class.
+    """
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+        """`DiffusionPipeline.from_pretrained`, with its arguments, made steerable."""
+        if issubclass(cls, DiffusionPipeline):
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
+        pipe = DiffusionPipeline.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        pipe.__class__ = _steerable(type(pipe))  # type: ignore[arg-type]
+        return pipe
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Any:
+        """A steerable pipeline that shares `pipeline`'s modules, dtypes and devices; `pipeline` itself is not changed.
+
+        Unlike `DiffusionPipeline.from_pipe`, nothing is cast. Keyword arguments replace components.
+        """
+        if not isinstance(pipeline, DiffusionPipeline):
+            raise InputError(f"from_pipe takes a diffusers pipeline, not {type(pipeline).__name__}; pass one.")
+        if issubclass(cls, DiffusionPipeline):
+            return super().from_pipe(pipeline, **{"dtype": pipeline.dtype, **kwargs})  # type: ignore[misc]
+        pipe = copy.copy(pipeline)
+        pipe.__dict__.pop("_steering_state", None)
+        if not isinstance(pipe, SAESteeringPipeline):
+            pipe.__class__ = _steerable(type(pipe))  # type: ignore[arg-type]
+        if kwargs:
+            pipe.register_modules(**kwargs)
+        return pipe
+
+
+@functools.cache
+def _steerable(cls: Any) -> type:
+    """`cls` with steering, under the same name and module, so that it saves and loads as the stock class."""
+
+    @functools.wraps(cls.__call__)
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self._steering.running(self):
+            return cls.__call__(self, *args, **kwargs)
+
+    return type(
+        cls.__name__,
+        (SAESteeringPipeline, cls),
+        {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__, "__call__": __call__},
+    )
+
+
+def _warn_of_other_origin(pipe: Any, sae: SparseAutoencoder, place: Site) -> None:
+    """Warn if the SAE was trained for another base model or another kind of site than the one it is put at."""
+    origin = sae.provenance
+    trained_on, loaded = origin.get("base_model"), pipe.config.get("_name_or_path")
+    if trained_on and loaded and _short(trained_on) != _short(loaded):
+        _warn(f"The SAE was trained on {trained_on} and this pipeline is {loaded}")
+    if "site" in origin and Site.of(origin["site"]) != place:
+        _warn(f"The SAE was trained at {Site.of(origin['site'])} and is loaded at {place}")
+
+
+def _warn(what: str) -> None:
+    warnings.warn(f"{what}; its features may not mean the same here.", stacklevel=4)
+
+
+def _short(name: str) -> str:
+    return os.path.basename(os.path.normpath(name)).lower()

@@ -1,0 +1,116 @@
+"""What every sparse autoencoder has: its parameters, its config, and how it is saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from torch import nn
+
+from .checksums import write_checksums
+
+ARCHITECTURES: dict[str, type[SparseAutoencoder]] = {}
+"""Every architecture by the name of its class, which is what a saved config calls it."""
+
+Architecture = TypeVar("Architecture", bound="type[SparseAutoencoder]")
+
+
+def register_architecture(cls: Architecture) -> Architecture:
+    """Class decorator: make an architecture loadable by its name."""
+    if cls.__name__ in ARCHITECTURES:
+        raise ValueError(f"An architecture named {cls.__name__} is registered already.")
+    ARCHITECTURES[cls.__name__] = cls
+    return cls
+
+
+class SparseCode(NamedTuple):
+    """The active latents of each row: `values` and `indices`, both `(..., k)`."""
+
+    values: torch.Tensor
+    indices: torch.Tensor
+
+
+class SparseAutoencoder(ModelMixin, ConfigMixin):
+    """A dictionary of `n_latents` directions for activations of width `d_in`.
+
+    Parameters: `W_enc (n, d)`, `b_enc (n,)`, `W_dec (n, d)` whose row j is the direction of feature j, `b_dec (d,)`.
+    A subclass defines `encode_sparse` and `encode_only` and registers its arguments as config, which also carries the
+    **provenance**, a dict of plain values: the `site` (a dict with path, kind, stream and layout), the base model and
+    its revision, and the scheduler, steps, guidance and resolution at which the activations were captured.
+    """
+
+    W_enc: nn.Parameter
+    b_enc: nn.Parameter
+    W_dec: nn.Parameter
+    b_dec: nn.Parameter
+
+    def _make_parameters(self, d_in: int, n_latents: int) -> None:
+        """Random unit directions, the encoder tied to the decoder (Gao et al., 2024, section 2.4), zero biases."""
+        directions = nn.functional.normalize(torch.randn(n_latents, d_in), dim=-1)
+        self.W_dec = nn.Parameter(directions)
+        self.W_enc = nn.Parameter(directions.clone())
+        self.b_enc = nn.Parameter(torch.zeros(n_latents))
+        self.b_dec = nn.Parameter(torch.zeros(d_in))
+
+    @property
+    def d_in(self) -> int:
+        return self.W_dec.shape[1]
+
+    @property
+    def n_latents(self) -> int:
+        return self.W_dec.shape[0]
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        return dict(self.config.get("provenance") or {})
+
+    def pre_activations(self, x: torch.Tensor) -> torch.Tensor:
+        """`W_enc (x - b_dec) + b_enc`: `(..., d)` -> `(..., n)`, in fp32."""
+        return nn.functional.linear(x.float() - self.b_dec, self.W_enc, self.b_enc)
+
+    def encode_sparse(self, x: torch.Tensor) -> SparseCode:
+        """The active latents of each row of `x (..., d)`."""
+        raise NotImplementedError
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """Dense codes: `(..., d)` -> `(..., n)`."""
+        values, indices = self.encode_sparse(x)
+        return values.new_zeros(*x.shape[:-1], self.n_latents).scatter_(-1, indices, values)
+
+    def encode_only(self, x: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """The codes of `features (m,)` alone, as `encode` gives them: `(..., d)` -> `(..., m)`."""
+        raise NotImplementedError
+
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        """`W_decᵀ z + b_dec`: `(..., n)` -> `(..., d)`."""
+        return z @ self.W_dec + self.b_dec
+
+    def decode_sparse(self, code: SparseCode) -> torch.Tensor:
+        """What `decode` gives for the same code, from its active latents only."""
+        k = code.indices.shape[-1]
+        rows = nn.functional.embedding_bag(
+            code.indices.reshape(-1, k), self.W_dec, per_sample_weights=code.values.reshape(-1, k), mode="sum"
+        )
+        return rows.view(*code.indices.shape[:-1], self.d_in) + self.b_dec
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The reconstruction of `x (..., d)`."""
+        return self.decode_sparse(self.encode_sparse(x))
+
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write `config.json`, safetensors and their checksums; with `push_to_hub`, upload the folder as it is.
+
+        `repo_id`, `token`, `private` and `commit_message` are passed on to the hub.
+        """
+        hub = {key: kwargs.pop(key, None) for key in ("repo_id", "token", "private", "commit_message")}
+        super().save_pretrained(save_directory, **kwargs)
+        write_checksums(Path(save_directory))
+        if push_to_hub:
+            from huggingface_hub import HfApi
+
+            api = HfApi(token=hub["token"])
+            repo = api.create_repo(hub["repo_id"] or Path(save_directory).name, private=hub["private"], exist_ok=True)
+            message = hub["commit_message"] or f"Upload {type(self).__name__}"
+            api.upload_folder(repo_id=repo.repo_id, folder_path=save_directory, commit_message=message)

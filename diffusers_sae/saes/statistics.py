@@ -1,0 +1,90 @@
+"""How active every latent is at every timestep of the denoising."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ..errors import InputError
+from .base import SparseCode
+
+FILE = "statistics.safetensors"
+UNITS = ("raw", "mean", "max")
+
+
+class StepStatistics(NamedTuple):
+    """One timestep's statistics, each `(n,)`."""
+
+    mean: torch.Tensor
+    max: torch.Tensor
+    rate: torch.Tensor
+
+    def scale(self, unit: str) -> torch.Tensor:
+        """What one `unit` of a latent is in raw activation: its mean while it fires, or its largest value."""
+        return self.mean / self.rate.clamp(min=1e-12) if unit == "mean" else self.max
+
+
+@dataclass
+class LatentStatistics:
+    """Mean and largest activation and firing rate of every latent at every timestep, over all rows.
+
+    `timesteps (T,)`, from noise to image; `mean`, `max`, `rate`, each `(T, n)` in fp32.
+    """
+
+    timesteps: torch.Tensor
+    mean: torch.Tensor
+    max: torch.Tensor
+    rate: torch.Tensor
+
+    def at(self, timestep: float) -> StepStatistics:
+        """Statistics of the nearest timestep."""
+        i = int((self.timesteps - timestep).abs().argmin())
+        return StepStatistics(self.mean[i], self.max[i], self.rate[i])
+
+    @property
+    def dead(self) -> torch.Tensor:
+        """`(n,)`: latents that fired at no timestep."""
+        return self.rate.amax(0) == 0
+
+    def save(self, folder: Path) -> None:
+        """Write `statistics.safetensors` into an SAE's folder."""
+        save_file({f.name: getattr(self, f.name).float().contiguous() for f in fields(self)}, folder / FILE)
+
+    @classmethod
+    def load(cls, folder: Path) -> LatentStatistics | None:
+        """The statistics that lie in `folder`, or `None`."""
+        if not (folder / FILE).is_file():
+            return None
+        try:
+            return cls(**load_file(folder / FILE))
+        except (SafetensorError, TypeError) as error:
+            raise InputError(f"{folder / FILE} cannot be read ({error}); fetch or save the SAE again.") from None
+
+
+class StatisticsAccumulator:
+    """Gathers `LatentStatistics` from sparse codes, a timestep at a time."""
+
+    def __init__(self, n_latents: int) -> None:
+        self._n = n_latents
+        self._steps: dict[float, list[torch.Tensor]] = {}
+        self._rows: dict[float, int] = {}
+
+    def add(self, timestep: float, code: SparseCode) -> None:
+        """Count the codes `(..., k)` of rows that were seen at `timestep`."""
+        values, indices = code.values.flatten().double(), code.indices.flatten()
+        total, top, fired = self._steps.setdefault(timestep, [torch.zeros(self._n).double() for _ in range(3)])
+        total.index_add_(0, indices, values)
+        top.scatter_reduce_(0, indices, values, "amax")
+        fired.index_add_(0, indices, (values > 0).double())
+        self._rows[timestep] = self._rows.get(timestep, 0) + code.indices[..., 0].numel()
+
+    def finish(self) -> LatentStatistics:
+        steps = sorted(self._steps, reverse=True)
+        rows = torch.tensor([self._rows[t] for t in steps])[:, None]
+        total, top, fired = (torch.stack([self._steps[t][i] for t in steps]) for i in range(3))
+        return LatentStatistics(torch.tensor(steps), (total / rows).float(), top.float(), (fired / rows).float())

@@ -1,0 +1,41 @@
+"""TopK SAE (Makhzani and Frey, 2013; Gao et al., 2024, "Scaling and evaluating sparse autoencoders", equations 1-2)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import register_to_config
+
+from ..errors import InputError
+from .base import SparseAutoencoder, SparseCode, register_architecture
+
+
+@register_architecture
+class TopKSAE(SparseAutoencoder):
+    """`z = TopK(ReLU(W_enc (x - b_dec) + b_enc))`, `x̂ = W_decᵀ z + b_dec`: each row keeps its k largest latents.
+
+    Args:
+        d_in: width of the activations.
+        n_latents: number of latents.
+        k: active latents of a row.
+        provenance: where the activations came from; see `SparseAutoencoder`.
+    """
+
+    @register_to_config
+    def __init__(self, d_in: int, n_latents: int, k: int, provenance: dict[str, Any] | None = None) -> None:
+        super().__init__()
+        if not 0 < k <= n_latents:
+            raise InputError(f"k is {k}, which must lie between 1 and n_latents ({n_latents}).")
+        self.k = k
+        self._make_parameters(d_in, n_latents)
+
+    def encode_sparse(self, x: torch.Tensor) -> SparseCode:
+        values, indices = self.pre_activations(x).relu_().topk(self.k, dim=-1, sorted=False)
+        return SparseCode(values, indices)
+
+    def encode_only(self, x: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        pre = self.pre_activations(x).relu_()
+        kth = pre.topk(self.k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+        z = pre[..., features]
+        return z * (z >= kth)

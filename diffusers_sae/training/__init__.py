@@ -1,0 +1,5 @@
+"""Training SAEs on streams of activations."""
+
+from .trainer import SAETrainer, TrainingConfig
+
+__all__ = ["SAETrainer", "TrainingConfig"]

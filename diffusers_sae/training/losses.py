@@ -1,0 +1,30 @@
+"""Losses of sparse autoencoders, as functions of tensors."""
+
+from __future__ import annotations
+
+import torch
+
+from ..saes import SparseAutoencoder
+
+
+def fraction_of_variance_unexplained(x: torch.Tensor, x_hat: torch.Tensor) -> torch.Tensor:
+    """FVU: `Σ‖x - x̂‖² / Σ‖x - x̄‖²` over the rows `(N, d)` of a batch."""
+    return (x - x_hat).square().sum() / (x - x.mean(0)).square().sum()
+
+
+def aux_k_loss(
+    sae: SparseAutoencoder, x: torch.Tensor, x_hat: torch.Tensor, dead: torch.Tensor, k_aux: int
+) -> torch.Tensor:
+    """AuxK (Gao et al., 2024, appendix A.2): dead latents model the error that the live ones leave.
+
+    The residual `x - x̂` is a constant here, and its model has no decoder bias, since x̂ has had it already. Scaled
+    like the FVU of that residual. `dead (n,)` marks latents that have not fired for long.
+    """
+    residual = (x - x_hat).detach()
+    k = min(k_aux, int(dead.sum()))
+    if k == 0:
+        return x.new_zeros(())
+    pre = sae.pre_activations(x).masked_fill(~dead, float("-inf"))
+    values, indices = pre.topk(k, dim=-1, sorted=False)
+    rows = torch.nn.functional.embedding_bag(indices, sae.W_dec, per_sample_weights=values.relu(), mode="sum")
+    return (residual - rows).square().sum() / residual.square().sum().clamp(min=1e-12)

@@ -1,0 +1,142 @@
+"""The trainer: centring and scaling, dead-latent care, unit-norm decoder, checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from ..saes import SparseAutoencoder
+from .losses import aux_k_loss, fraction_of_variance_unexplained
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How an SAE is trained.
+
+    Args:
+        steps: optimiser steps of the whole run, which the schedule of the rate follows.
+        batch_size: rows a step.
+        lr: peak rate of Adam, for rows whose mean square distance from the centre is scaled to `d`.
+        warmup, decay: shares of the run for the linear rise and the linear fall of the rate.
+        k_aux, aux_weight, dead_after: AuxK: latents that model the residual, weight of that loss, and the rows without
+            firing after which a latent counts as dead.
+        centre: `geometric_median` or `mean`: where the decoder bias starts.
+    """
+
+    steps: int
+    batch_size: int = 2048
+    lr: float = 1e-3
+    warmup: float = 0.02
+    decay: float = 0.3
+    k_aux: int = 64
+    aux_weight: float = 1 / 32
+    dead_after: int = 100_000
+    centre: str = "geometric_median"
+
+
+def geometric_median(x: torch.Tensor, iterations: int = 100, tolerance: float = 1e-6) -> torch.Tensor:
+    """Point with the least sum of distances to the rows of `x (N, d)` (Weiszfeld's iteration)."""
+    median = x.mean(0)
+    for _ in range(iterations):
+        weights = 1 / (x - median).norm(dim=-1).clamp(min=1e-8)
+        update = (weights[:, None] * x).sum(0) / weights.sum()
+        if (update - median).norm() <= tolerance * median.norm():
+            return update
+        median = update
+    return median
+
+
+class SAETrainer:
+    """Trains one SAE on batches of rows.
+
+    Rows are scaled so that their mean square distance from the centre is `d`; `finish` folds the scale back into the
+    biases, which suffices since every architecture here is positively homogeneous.
+    """
+
+    def __init__(self, sae: SparseAutoencoder, config: TrainingConfig, sample: torch.Tensor) -> None:
+        """`sample (N, d)`: rows that centre and scale are taken from."""
+        self.sae, self.config = sae, config
+        centre = geometric_median(sample) if config.centre == "geometric_median" else sample.mean(0)
+        self.scale = float((sae.d_in / (sample - centre).square().sum(-1).mean()).sqrt())
+        with torch.no_grad():
+            sae.b_dec.copy_(centre * self.scale)
+        self.optimizer = torch.optim.Adam(sae.parameters(), lr=config.lr, betas=(0.9, 0.999), fused=True)
+        self.step_count = 0
+        self.rows_since_fired = torch.zeros(sae.n_latents, dtype=torch.long)
+
+    def rate(self) -> float:
+        """Share of the peak rate at this step."""
+        done = self.step_count / self.config.steps
+        rise = min(1.0, (self.step_count + 1) / max(1.0, self.config.warmup * self.config.steps))
+        return rise * min(1.0, max(0.0, (1 - done) / self.config.decay))
+
+    def step(self, rows: torch.Tensor) -> dict[str, float]:
+        """One step on raw rows `(N, d)`; returns the FVU, the AuxK loss and the share of dead latents."""
+        sae, config = self.sae, self.config
+        x = rows * self.scale
+        code = sae.encode_sparse(x)
+        x_hat = sae.decode_sparse(code)
+        fvu = fraction_of_variance_unexplained(x, x_hat)
+        dead = self.rows_since_fired >= config.dead_after
+        aux = aux_k_loss(sae, x, x_hat, dead, config.k_aux)
+        loss = fvu + config.aux_weight * aux
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"The loss is {loss.item()} at step {self.step_count}; lower the rate.")
+        loss.backward()
+        remove_parallel_gradient(sae)
+        torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.lr * self.rate()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=False)
+        with torch.no_grad():
+            sae.W_dec.div_(sae.W_dec.norm(dim=-1, keepdim=True))
+        self.rows_since_fired += len(x)
+        self.rows_since_fired[code.indices[code.values > 0].unique()] = 0
+        self.step_count += 1
+        return {"fvu": fvu.item(), "aux": aux.item(), "dead": dead.float().mean().item()}
+
+    def finish(self) -> SparseAutoencoder:
+        """The trained SAE for raw activations."""
+        with torch.no_grad():
+            self.sae.b_enc.div_(self.scale)
+            self.sae.b_dec.div_(self.scale)
+        return self.sae.eval()
+
+    def save(self, path: Path, **position: int) -> None:
+        """Write a checkpoint; `position` says where in the stream it was made."""
+        state = {
+            "sae": self.sae.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scale": self.scale,
+            "step_count": self.step_count,
+            "rows_since_fired": self.rows_since_fired,
+            "config": asdict(self.config),
+            "position": position,
+        }
+        partial = path.with_suffix(".part")
+        torch.save(state, partial)
+        partial.rename(path)
+
+    def restore(self, path: Path) -> dict[str, int]:
+        """Go on from a checkpoint; returns its position. Raises `ValueError` if it is of another configuration."""
+        state = torch.load(path, weights_only=True)
+        if state["config"] != asdict(self.config):
+            raise ValueError(
+                f"{path} was made with {state['config']}, not {asdict(self.config)}; delete it to begin anew."
+            )
+        self.sae.load_state_dict(state["sae"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scale, self.step_count = state["scale"], state["step_count"]
+        self.rows_since_fired = state["rows_since_fired"]
+        return state["position"]
+
+
+def remove_parallel_gradient(sae: SparseAutoencoder) -> None:
+    """Take from each decoder row's gradient the part along the row, so that a step turns it and does not stretch it."""
+    directions = torch.nn.functional.normalize(sae.W_dec.detach(), dim=-1)
+    grad = sae.W_dec.grad
+    if grad is not None:
+        grad -= (grad * directions).sum(-1, keepdim=True) * directions

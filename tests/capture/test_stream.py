@@ -1,0 +1,74 @@
+"""Streams and the shuffle buffer: nothing lost, nothing twice, resumable."""
+
+import pytest
+import torch
+from conftest import SITE
+
+from diffusers_sae import InputError
+from diffusers_sae.capture import ShuffleBuffer, stream_activations
+
+CALL = {"num_inference_steps": 3, "guidance_scale": 5.0, "height": 16, "width": 16}
+PROMPTS = ["ab", "cd", "ef", "gh", "ij"]
+
+
+def test_stream_holds_what_the_pipeline_held(sd):
+    sites = [SITE, "unet.mid_block"]
+    batches = list(stream_activations(sd.pipe, sites, PROMPTS, batch_size=2, seed=7, **CALL))
+    assert [b.prompts for b in batches] == [["ab", "cd"], ["ef", "gh"], ["ij"]]
+    rows, timesteps = batches[1].rows(SITE)
+    assert rows.shape == (3, 2, 64, 8) and timesteps.tolist() == sd.pipe.scheduler.timesteps.tolist()
+    with sd.pipe.capture(sites) as direct:
+        sd.run(prompt="gh", generator=torch.Generator().manual_seed(7 + 3), num_inference_steps=3)
+    torch.testing.assert_close(rows[:, 1], direct[SITE].rows("cond"), atol=1e-5, rtol=1e-5)
+    with pytest.raises(InputError, match="held no rows of the branch 'perturbed'; it held cond, uncond"):
+        batches[0].rows(SITE, "perturbed")
+
+
+def test_skipping_resumes_with_the_same_images(sd):
+    whole = list(stream_activations(sd.pipe, [SITE], PROMPTS, batch_size=1, **CALL))
+    rest = list(stream_activations(sd.pipe, [SITE], PROMPTS, batch_size=1, skip=3, **CALL))
+    assert [b.first_image for b in rest] == [3, 4]
+    for a, b in zip(whole[3:], rest, strict=True):
+        assert torch.equal(a.rows(SITE)[0], b.rows(SITE)[0])
+
+
+def test_buffer_gives_every_row_once_in_mixed_order():
+    buffer = ShuffleBuffer(100, 1, torch.Generator().manual_seed(0))
+    buffer.add(torch.arange(100.0)[:, None])
+    drawn = torch.cat(list(buffer.draw(10))).flatten()
+    assert len(drawn) == 50
+    left = buffer.peek().flatten()
+    assert sorted([*drawn.tolist(), *left.tolist()]) == list(range(100))
+    assert drawn.tolist() != sorted(drawn.tolist())
+
+
+def test_buffer_keeps_going_when_fed():
+    buffer = ShuffleBuffer(64, 2)
+    drawn = 0
+    for i in range(10):
+        buffer.add(torch.full((4, 10, 2), float(i)))
+        drawn += sum(len(b) for b in buffer.draw(8))
+    assert 10 * 40 - 64 - 40 <= drawn <= 10 * 40 - 32
+
+
+def test_labels_of_captured_activations(sd):
+    with sd.pipe.capture([SITE]) as activations:
+        sd.run(prompt=["ab", "cd"])
+        sd.run(prompt="ef")
+    site = activations[SITE]
+    assert len(site.tensor) == len(site.branch) == len(site.timestep) == len(site.image) == 4 * 2 * 3
+    assert site.image.unique().tolist() == [0, 1, 2]
+    assert site.select("cond", image=2).shape == (4, 8, 8, 8)
+    with sd.pipe.capture([SITE]) as alone:
+        sd.run(prompt="ef")
+    assert torch.equal(alone[SITE].tensor, site.tensor[-8:])
+
+
+def test_capture_changes_no_bit_and_leaves_no_hook(every):
+    bare = every.run(every.bare)
+    with every.pipe.capture([SITE, "unet.mid_block"]):
+        assert torch.equal(bare, every.run())
+    assert not every.pipe.unet._forward_pre_hooks
+    assert not every.pipe.unet.mid_block._diffusers_hook.hooks
+    with pytest.raises(InputError, match="capture takes a list of sites"), every.pipe.capture(SITE):
+        pass

@@ -1,0 +1,149 @@
+"""Edits against an independent float64 reference of the formula, and what makes an edit invalid."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import SITE, random_sae
+from PIL import Image
+
+from diffusers_sae import InputError, LatentStatistics, StrengthTable
+from diffusers_sae.context import DenoisingContext
+from diffusers_sae.edits import OPERATIONS, as_mask, make_edit
+
+
+def reference(sae, x, features, strengths, mode, mask=1.0):
+    """`x + M (dec(z') - dec(z))` with dense codes, in numpy float64; x (B, P, d), strengths (B, m)."""
+    w_enc, b_enc, w_dec, b_dec = (
+        getattr(sae, n).detach().double().numpy() for n in ("W_enc", "b_enc", "W_dec", "b_dec")
+    )
+    x = x.double().numpy()
+    pre = np.maximum((x - b_dec) @ w_enc.T + b_enc, 0)
+    z = np.zeros_like(pre)
+    top = np.argsort(-pre, axis=-1)[..., : sae.k]
+    np.put_along_axis(z, top, np.take_along_axis(pre, top, -1), -1)
+    after = z.copy()
+    for column, j in enumerate(features):
+        s = np.asarray(strengths, dtype=float)[:, None, column]
+        old = z[..., j]
+        after[..., j] = {"add": old + s, "set": s + 0 * old, "scale": s * old, "ablate": (1 - s) * old}[mode]
+    return x + mask * ((after @ w_dec + b_dec) - (z @ w_dec + b_dec))
+
+
+@pytest.mark.parametrize("mode", list(OPERATIONS))
+@pytest.mark.parametrize("masked", [False, True])
+def test_steered_site_equals_the_reference(sd, mode, masked):
+    sae = random_sae(n_latents=64, k=5)
+    features, strengths = list(range(0, 64, 3)), np.random.default_rng(0).normal(size=(2, 22))
+    mask = torch.rand(2, 8, 8) if masked else None
+    with sd.pipe.capture([SITE]) as bare:
+        sd.run(prompt=["ab", "cd"])
+    sd.pipe.load_sae(sae)
+    sd.pipe.steer({f: list(strengths[:, i]) for i, f in enumerate(features)}, mode=mode, mask=mask)
+    with sd.pipe.capture([SITE]) as steered:
+        sd.run(prompt=["ab", "cd"])
+    t = bare[SITE].timestep[0].item()
+    before, after = bare[SITE].rows("cond", t), steered[SITE].rows("cond", t)  # (2, P, d)
+    weights = mask.flatten(1)[..., None].double().numpy() if masked else 1.0
+    expected = reference(sae, before, features, strengths, mode, weights)
+    np.testing.assert_allclose(after.numpy(), expected, atol=2e-5)
+    assert np.abs(expected - before.numpy()).max() > 0.1
+
+
+def test_units_multiply_by_the_statistics_of_the_nearest_timestep(sae):
+    n = sae.n_latents
+    statistics = LatentStatistics(
+        timesteps=torch.tensor([900.0, 100.0]),
+        mean=torch.stack([torch.full((n,), 2.0), torch.full((n,), 3.0)]),
+        max=torch.stack([torch.full((n,), 7.0), torch.full((n,), 11.0)]),
+        rate=torch.stack([torch.full((n,), 0.5), torch.full((n,), 0.25)]),
+    )
+    context = DenoisingContext(timestep=300.0, progress=0.7)
+    for unit, expected in (("raw", 1.5), ("mean", 1.5 * 12), ("max", 1.5 * 11)):
+        edit = make_edit({4: 1.5}, sae, unit=unit, statistics=statistics)
+        assert edit.strengths_at(context, statistics).item() == pytest.approx(expected)
+
+
+def test_strength_kinds(sae):
+    table = StrengthTable((900.0, 100.0), (1.0, 5.0))
+    edit = make_edit({0: 2, 1: [3.0, 4.0], 2: lambda p: 10 * p, 3: table}, sae)
+    context = DenoisingContext(timestep=200.0, progress=0.8, rows=4, branches=("uncond", "cond"))
+    expected = torch.tensor([[2.0, 3.0, 8.0, 5.0], [2.0, 4.0, 8.0, 5.0]])
+    torch.testing.assert_close(edit.strengths_at(context, None), expected)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        np.ones((8, 8)),
+        np.full((8, 8), 255, np.uint8),
+        torch.ones(8, 8),
+        torch.ones(1, 8, 8),
+        np.ones((8, 8), bool),
+        Image.new("L", (8, 8), 255),
+        Image.new("RGB", (8, 8), "white"),
+    ],
+)
+def test_masks_of_every_kind(mask):
+    assert torch.equal(as_mask(mask), torch.ones(1, 1, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"features": {32: 1.0}}, "Feature 32 is out of range; this SAE has the features 0 to 31."),
+        ({"features": {-1: 1.0}}, "Feature -1 is out of range"),
+        ({"features": {"a": 1.0}}, "'a' is not a feature"),
+        ({"features": {True: 1.0}}, "True is not a feature"),
+        ({"features": {}}, "at least one feature"),
+        ({"features": [3]}, "steer takes a dict"),
+        ({"features": {3: float("nan")}}, "must be finite"),
+        ({"features": {3: float("inf")}}, "must be finite"),
+        ({"features": {3: [1.0, float("nan")]}}, "must be finite"),
+        ({"features": {3: []}}, "must be finite"),
+        ({"features": {3: "strong"}}, "is not a number"),
+        ({"features": {3: None}}, "is not a number"),
+        ({"features": {3: StrengthTable((1.0,), (float("nan"),))}}, "must be finite"),
+        ({"mode": "boost"}, "'boost' is not a mode; choose one of add, set, scale, ablate."),
+        ({"branch": "neg"}, "'neg' is not a branch"),
+        ({"unit": "percent"}, "'percent' is not a unit"),
+        ({"unit": "mean"}, "unit='mean' needs the SAE's statistics"),
+        ({"start": 0.6, "stop": 0.6}, "it needs 0 <= start < stop <= 1"),
+        ({"start": 0.9, "stop": 0.1}, "it needs 0 <= start < stop <= 1"),
+        ({"stop": 1.5}, "it needs 0 <= start < stop <= 1"),
+        ({"start": float("nan")}, "it needs 0 <= start < stop <= 1"),
+        ({"mask": torch.ones(4)}, "it must be (H, W), or (images, H, W)"),
+        ({"mask": torch.ones(0, 4)}, "it must be (H, W), or (images, H, W)"),
+        ({"mask": torch.full((4, 4), 2.0)}, "values outside 0 to 1"),
+        ({"mask": torch.full((4, 4), float("nan"))}, "values outside 0 to 1"),
+        ({"mask": "left"}, "A mask of type str was passed"),
+    ],
+)
+def test_bad_edits_get_a_sentence_and_leave_the_plan(sd, sae, arguments, sentence):
+    sd.pipe.load_sae(sae)
+    sd.pipe.steer({1: 4.0})
+    before = sd.run()
+    with pytest.raises(InputError) as error:
+        sd.pipe.steer(**{"features": {3: 1.0}, **arguments})
+    text = str(error.value)
+    assert sentence in text and text.endswith(".") and "\n" not in text
+    assert torch.equal(before, sd.run())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"features": {3: [1.0, 2.0]}}, "A strength has 2 numbers and the batch 1 images"),
+        ({"features": {3: lambda p: float("nan")}}, "A strength is nan at progress"),
+        ({"mask": torch.ones(3, 8, 8)}, "The mask has 3 images and the batch 1"),
+        ({"mask": torch.ones(8, 32)}, "does not fit a site of 8 x 8"),
+    ],
+)
+def test_what_only_the_call_can_tell_stops_the_call_alone(sd, sae, arguments, sentence):
+    sd.pipe.load_sae(sae)
+    before = sd.run()
+    sd.pipe.steer(**{"features": {3: 1.0}, **arguments})
+    with pytest.raises(InputError) as error:
+        sd.run()
+    assert sentence in str(error.value)
+    sd.pipe.reset_steering()
+    assert torch.equal(before, sd.run())

@@ -1,0 +1,135 @@
+"""Sites: rows and back, and the sentences for sites that are none."""
+
+import warnings
+
+import pytest
+import torch
+from conftest import SITE, Harness, random_sae
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+from diffusers_sae import InputError, SAESteeringPipeline, Site
+from diffusers_sae.sites import LAYOUTS, grid_of, tensor_of, width_of, with_tensor
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 3, 5), (2, 15, 8)])
+def test_rows_and_back_change_nothing(shape):
+    x = torch.randn(shape)
+    layout = LAYOUTS["positions"]
+    rows = layout.to_rows(x)
+    assert rows.shape == (2, 15, 8)
+    assert torch.equal(layout.from_rows(rows, x), x)
+
+
+def test_row_p_of_a_map_is_its_place(sae):
+    x = torch.randn(1, 8, 3, 5)
+    rows = LAYOUTS["positions"].to_rows(x)
+    assert torch.equal(rows[0, 1 * 5 + 2], x[0, :, 1, 2])
+
+
+def test_grids():
+    assert grid_of(torch.zeros(2, 8, 3, 5), (6, 10)) == (3, 5)
+    assert grid_of(torch.zeros(2, 15, 8), (6, 10)) == (3, 5)
+    with pytest.raises(InputError, match="15 tokens has no 7:7 grid"):
+        grid_of(torch.zeros(2, 15, 8), (7, 7))
+
+
+def test_outputs_are_rebuilt_and_not_changed():
+    a, b = torch.zeros(1), torch.ones(1)
+    for output in (a, (a,), (a, "residuals")):
+        changed = with_tensor(output, b)
+        assert type(changed) is type(output) and tensor_of(changed) is b and tensor_of(output) is a
+    assert with_tensor((a, "residuals"), b)[1] == "residuals"
+
+
+def test_model_outputs_are_rebuilt():
+    from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+    out = with_tensor(Transformer2DModelOutput(sample=torch.zeros(1)), torch.ones(1))
+    assert isinstance(out, Transformer2DModelOutput) and out.sample.item() == 1
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        SITE,
+        "unet.mid_block",
+        "unet.mid_block.attentions.0",
+        "unet.up_blocks.0",
+        "unet.down_blocks.0",
+        "unet.down_blocks.0.resnets.0",
+        "unet.mid_block.attentions.0.transformer_blocks.0",
+        "unet.mid_block.attentions.0.transformer_blocks.0.attn2",
+    ],
+)
+def test_block_sites_have_the_width_they_tell_and_can_be_steered(sd, path):
+    with sd.pipe.capture([path]) as activations:
+        bare = sd.run()
+    rows = activations[path].rows("cond")
+    told = width_of(sd.pipe.unet.get_submodule(path.removeprefix("unet.")))
+    assert told in (None, rows.shape[-1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sd.pipe.load_sae(random_sae(rows.shape[-1]), path)
+    assert torch.equal(bare, sd.run())
+    sd.pipe.steer({0: 8.0})
+    assert not torch.equal(bare, sd.run())
+
+
+@pytest.mark.parametrize(
+    ("site", "sentence"),
+    [
+        (
+            "unet.up_blocks.1.attention.1",
+            "does not exist in UNet2DConditionModel; the nearest are unet.up_blocks.1.attentions.1",
+        ),
+        ("unett.mid_block", "is not a site of StableDiffusionPipeline; a path starts with"),
+        ("up_blocks.1.attentions.1", "a path starts with vae or text_encoder or unet."),
+        ("unet", "cannot be steered"),
+        ("text_encoder.encoder.layers.0", "cannot be steered"),
+        ("unet.mid_block", "takes activations of width 8 and unet.mid_block has 16"),
+    ],
+)
+def test_bad_sites_get_a_sentence_and_change_nothing(sd, sae, site, sentence):
+    before = sd.run()
+    with pytest.raises(InputError) as error:
+        sd.pipe.load_sae(sae, site)
+    assert sentence in str(error.value) and str(error.value).endswith(".")
+    assert sd.pipe.get_list_saes() == {} and not sd.pipe.unet._forward_pre_hooks
+    assert torch.equal(before, sd.run())
+
+
+@pytest.mark.parametrize("wrong", [{"kind": "outside"}, {"stream": "audio"}, {"layout": "rings"}])
+def test_bad_kinds_of_site(wrong):
+    with pytest.raises(InputError, match="choose one of"):
+        Site(SITE, **wrong)
+
+
+def test_a_width_that_only_the_run_shows(sae):
+    """A wrong width at a module that does not tell its own stops the call, and the pipeline runs on without the SAE."""
+    harness = Harness("sd")
+    path = "unet.mid_block.attentions.0.transformer_blocks.0.norm1"
+    bare = harness.run()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        harness.pipe.load_sae(sae, path)
+    harness.pipe.steer({0: 1.0})
+    with pytest.raises(InputError, match="takes activations of width 8 and .* has 16"):
+        harness.run()
+    harness.pipe.unload_sae()
+    assert torch.equal(bare, harness.run())
+
+
+def test_pipelines_without_a_guided_unet_are_refused(sae):
+    unet = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8, 8),
+        norm_num_groups=2,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+    )
+    pipe = SAESteeringPipeline.from_pipe(DDPMPipeline(unet, DDPMScheduler()))
+    with pytest.raises(InputError, match="does not say whether guidance is on"):
+        pipe.load_sae(sae, "unet.mid_block")
+    with pytest.raises(InputError, match="from_pipe takes a diffusers pipeline, not int"):
+        SAESteeringPipeline.from_pipe(3)

@@ -1,0 +1,124 @@
+"""The trainer: losses against their definitions, gradients, folding of the scale, resumption."""
+
+import pytest
+import torch
+from conftest import random_sae
+
+from diffusers_sae import TopKSAE
+from diffusers_sae.training import SAETrainer, TrainingConfig
+from diffusers_sae.training.losses import aux_k_loss, fraction_of_variance_unexplained
+from diffusers_sae.training.trainer import geometric_median, remove_parallel_gradient
+
+
+def sparse_data(n, d=32, features=48, active=3, seed=0):
+    """Rows made of a few of 48 random directions, around a mean that is far from zero."""
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.nn.functional.normalize(
+        torch.randn(features, d, generator=torch.Generator().manual_seed(5)), dim=-1
+    )
+    codes = torch.zeros(n, features)
+    picks = torch.rand(n, features, generator=generator).topk(active).indices
+    codes.scatter_(1, picks, torch.rand(n, active, generator=generator) * 4 + 1)
+    return codes @ directions + 3.0, directions
+
+
+def trainer_for(sae, steps=300, **config):
+    data, _ = sparse_data(4096)
+    return SAETrainer(sae, TrainingConfig(steps=steps, batch_size=256, **{"dead_after": 2000, **config}), data), data
+
+
+def test_training_recovers_the_features_and_folds_the_scale():
+    torch.manual_seed(0)
+    sae = TopKSAE(32, 64, 3)
+    trainer, data = trainer_for(sae, steps=1500, lr=4e-3)
+    for _ in range(1500):
+        trainer.step(data[torch.randint(0, 4096, (256,))])
+    trainer.finish()
+    fresh, directions = sparse_data(2000, seed=9)
+    assert fraction_of_variance_unexplained(fresh, sae(fresh)) < 0.05
+    found = (directions @ sae.W_dec.T).amax(1)
+    assert (found > 0.9).float().mean() > 0.9
+    torch.testing.assert_close(sae.W_dec.norm(dim=-1), torch.ones(64))
+
+
+def test_fvu_of_the_mean_is_one_and_of_the_data_zero():
+    x = torch.randn(50, 4) + 3
+    assert fraction_of_variance_unexplained(x, x).item() == 0
+    torch.testing.assert_close(fraction_of_variance_unexplained(x, x.mean(0).expand_as(x)), torch.tensor(1.0))
+
+
+def test_aux_loss_equals_its_definition():
+    sae = random_sae()
+    x = torch.randn(20, 8)
+    dead = torch.arange(32) % 2 == 0
+    residual = (x - sae(x)).detach()
+    pre = ((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc).masked_fill(~dead, -torch.inf)
+    code = torch.zeros(20, 32)
+    top = pre.topk(5)
+    code.scatter_(1, top.indices, top.values.relu())
+    expected = (residual - code @ sae.W_dec).square().sum() / residual.square().sum()
+    loss = aux_k_loss(sae, x, sae(x), dead, 5)
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert sae.W_dec.grad[~dead].abs().max() == 0 and sae.W_dec.grad[dead].abs().max() > 0
+    assert aux_k_loss(sae, x, sae(x), torch.zeros(32, dtype=torch.bool), 5) == 0
+
+
+def test_parallel_gradient_is_removed():
+    sae = random_sae()
+    sae(torch.randn(20, 8)).square().sum().backward()
+    whole = sae.W_dec.grad.clone()
+    remove_parallel_gradient(sae)
+    directions = torch.nn.functional.normalize(sae.W_dec.detach(), dim=-1)
+    torch.testing.assert_close((sae.W_dec.grad * directions).sum(-1), torch.zeros(32), atol=1e-4, rtol=0)
+    across = whole - (whole * directions).sum(-1, keepdim=True) * directions
+    torch.testing.assert_close(sae.W_dec.grad, across)
+
+
+def test_geometric_median_is_not_moved_by_outliers():
+    x = torch.randn(1001, 4)
+    x[:100] += 1000
+    assert geometric_median(x).norm() < 1 < x.mean(0).norm()
+
+
+def test_dead_latents_are_revived():
+    torch.manual_seed(0)
+
+    def dead_share(weight):
+        torch.manual_seed(0)
+        sae = TopKSAE(32, 64, 3)
+        sae.b_enc.data[32:] = -3.0  # half of them never come under the first three
+        trainer, data = trainer_for(sae, steps=600, aux_weight=weight, lr=4e-3)
+        for _ in range(600):
+            trainer.step(data[torch.randint(0, 4096, (256,))])
+        trainer.finish()
+        return (sae.encode(data) > 0).any(0).logical_not().float().mean().item()
+
+    assert dead_share(1 / 32) < dead_share(0.0)
+
+
+def test_resumed_training_equals_uninterrupted(tmp_path):
+    def run(interrupt):
+        torch.manual_seed(0)
+        sae = TopKSAE(32, 64, 3)
+        trainer, data = trainer_for(sae, steps=40)
+        for i in range(40):
+            if interrupt and i == 17:
+                trainer.save(tmp_path / "checkpoint.pt", images=5)
+                trainer, _ = trainer_for(TopKSAE(32, 64, 3), steps=40)
+                assert trainer.restore(tmp_path / "checkpoint.pt") == {"images": 5}
+            trainer.step(data[i * 64 : (i + 1) * 64])
+        return trainer.finish()
+
+    for a, b in zip(run(False).parameters(), run(True).parameters(), strict=True):
+        assert torch.equal(a, b)
+    other, _ = trainer_for(TopKSAE(32, 64, 3), steps=41)
+    with pytest.raises(ValueError, match="delete it to begin anew"):
+        other.restore(tmp_path / "checkpoint.pt")
+
+
+def test_a_loss_that_is_not_finite_stops_the_training():
+    sae = TopKSAE(32, 64, 3)
+    trainer, data = trainer_for(sae)
+    with pytest.raises(FloatingPointError, match="at step 0; lower the rate"):
+        trainer.step(data[:10] * float("nan"))
