@@ -64,9 +64,9 @@ def stream_activations(
 
 
 class ShuffleBuffer:
-    """Keeps up to `capacity` rows and gives them back in random order.
+    """The last `capacity` rows of a stream, more or less, to draw mixed batches from.
 
-    Rows are drawn only while the buffer is more than half full, so that those of a batch come from different images.
+    When it is full, new rows take the places of random old ones.
     """
 
     def __init__(self, capacity: int, d: int, generator: torch.Generator | None = None) -> None:
@@ -74,32 +74,22 @@ class ShuffleBuffer:
         self._count = 0
         self._generator = generator
 
-    @property
-    def capacity(self) -> int:
-        return len(self._rows)
-
     def add(self, rows: torch.Tensor) -> None:
-        """Add rows `(..., d)`; those that do not fit replace random ones."""
-        rows = rows.reshape(-1, rows.shape[-1]).to(self._rows)
-        free = min(len(rows), self.capacity - self._count)
+        """Add rows `(..., d)`; of more than `capacity`, only the first."""
+        capacity = len(self._rows)
+        rows = rows.reshape(-1, rows.shape[-1])[:capacity].to(self._rows)
+        free = min(len(rows), capacity - self._count)
         self._rows[self._count : self._count + free] = rows[:free]
         self._count += free
         if free < len(rows):
-            places = torch.randperm(self.capacity, generator=self._generator)[: len(rows) - free]
-            self._rows[places] = rows[free : free + len(places)]
+            places = torch.randperm(capacity, generator=self._generator)[: len(rows) - free]
+            self._rows[places] = rows[free:]
 
-    def draw(self, n: int) -> Iterator[torch.Tensor]:
-        """Random batches of `n` rows, taken out of the buffer, until it is half full."""
-        while self._count - n >= self.capacity // 2:
-            picks = torch.randperm(self._count, generator=self._generator)[:n]
-            batch = self._rows[picks]
-            last = torch.arange(self._count - n, self._count)
-            holes = picks[picks < self._count - n]
-            movers = last[~torch.isin(last, picks)]
-            self._rows[holes] = self._rows[movers]
-            self._count -= n
-            yield batch
+    def sample(self, n: int) -> torch.Tensor:
+        """`n` random rows, `(n, d)`; they stay in the buffer."""
+        return self._rows[torch.randint(self._count, (n,), generator=self._generator)]
 
-    def peek(self) -> torch.Tensor:
-        """The rows that lie in the buffer, `(count, d)`."""
+    @property
+    def rows(self) -> torch.Tensor:
+        """All rows in the buffer, `(count, d)`."""
         return self._rows[: self._count]

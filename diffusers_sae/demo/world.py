@@ -32,6 +32,17 @@ FACTORS: dict[str, tuple[str, ...]] = {
 }
 """Every factor and its values, in the order of the judge's classes."""
 
+CONCEPT_SUFFIX = {"background": " background", "skin": " skin"}
+
+
+def concept_name(factor: str, value: str) -> str:
+    """What a factor's value is called as a concept: `red background`, `dark skin`, else the value itself."""
+    return value + CONCEPT_SUFFIX.get(factor, "")
+
+
+CONCEPTS: dict[str, str] = {concept_name(f, v): f for f, values in FACTORS.items() for v in values}
+"""Every concept and the factor it is a value of."""
+
 STYLES_WITHOUT_SKIN = frozenset({"ink", "pencil sketch", "sepia", "neon"})
 """Styles that draw every skin tone alike, so that the tone has no label."""
 
@@ -73,6 +84,11 @@ class Scene:
         words = " ".join(w for w in (self.gender, self.object or "picture") if w)
         skin = f" with {self.skin} skin" if self.skin else ""
         return f"{'an' if words[0] in 'aeiou' and not words.startswith('uni') else 'a'} {words}{skin}"
+
+    def concepts(self) -> tuple[str, ...]:
+        """Names of the concepts that the scene shows: `panda`, `neon`, `red background`, `woman`, `dark skin`."""
+        labels = self.labels()
+        return tuple(concept_name(f, FACTORS[f][i]) for f, i in labels.items() if i >= 0)
 
     def caption(self, template: int = 0) -> str:
         """The scene in words. There are `len(TEMPLATES)` ways to say it; the first is the canonical one."""

@@ -120,6 +120,11 @@ class SAETrainer:
         torch.save(state, partial)
         partial.rename(path)
 
+    @staticmethod
+    def position(path: Path) -> dict[str, int]:
+        """Where in the stream a checkpoint was made."""
+        return torch.load(path, weights_only=True, mmap=True)["position"]
+
     def restore(self, path: Path) -> dict[str, int]:
         """Go on from a checkpoint; returns its position. Raises `ValueError` if it is of another configuration."""
         state = torch.load(path, weights_only=True)

@@ -116,7 +116,8 @@ def fit(
         optimizer.zero_grad(set_to_none=False)
         ema.step(params)
         for key, value in parts.items():
-            smooth[key] = 0.98 * smooth.get(key, float(value)) + 0.02 * float(value)
+            number = value.item()
+            smooth[key] = 0.98 * smooth.get(key, number) + 0.02 * number
         if (step + 1) % every == 0 or step + 1 == args.steps:
             if not math.isfinite(smooth["loss"]):
                 raise FloatingPointError(f"{name}: the loss is not finite at step {step}; the last checkpoint is kept.")

@@ -32,23 +32,23 @@ def test_skipping_resumes_with_the_same_images(sd):
         assert torch.equal(a.rows(SITE)[0], b.rows(SITE)[0])
 
 
-def test_buffer_gives_every_row_once_in_mixed_order():
+def test_buffer_mixes_what_it_was_given():
     buffer = ShuffleBuffer(100, 1, torch.Generator().manual_seed(0))
-    buffer.add(torch.arange(100.0)[:, None])
-    drawn = torch.cat(list(buffer.draw(10))).flatten()
-    assert len(drawn) == 50
-    left = buffer.peek().flatten()
-    assert sorted([*drawn.tolist(), *left.tolist()]) == list(range(100))
-    assert drawn.tolist() != sorted(drawn.tolist())
+    buffer.add(torch.arange(60.0).view(3, 20, 1))
+    assert buffer.rows.flatten().tolist() == list(range(60))
+    sample = buffer.sample(5000).flatten()
+    assert set(sample.tolist()) == set(range(60))
+    assert sample[:60].tolist() != sorted(sample[:60].tolist())
 
 
-def test_buffer_keeps_going_when_fed():
-    buffer = ShuffleBuffer(64, 2)
-    drawn = 0
-    for i in range(10):
-        buffer.add(torch.full((4, 10, 2), float(i)))
-        drawn += sum(len(b) for b in buffer.draw(8))
-    assert 10 * 40 - 64 - 40 <= drawn <= 10 * 40 - 32
+def test_a_full_buffer_replaces_random_rows_and_keeps_the_newest():
+    buffer = ShuffleBuffer(100, 1, torch.Generator().manual_seed(0))
+    buffer.add(torch.zeros(100, 1))
+    buffer.add(torch.ones(30, 1))
+    assert buffer.rows.sum() == 30
+    assert 0 < buffer.rows[:30].sum() < 30
+    buffer.add(torch.full((500, 1), 2.0))
+    assert (buffer.rows == 2).all()
 
 
 def test_labels_of_captured_activations(sd):

@@ -1,0 +1,18 @@
+"""The commands and what they share."""
+
+from __future__ import annotations
+
+import typer
+
+from .demo import demo
+from .evaluate import evaluate
+
+app = typer.Typer(
+    name="diffusers-sae",
+    help="Sparse autoencoders for diffusers pipelines. With --debug, an error shows its traceback.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(demo)
+app.command()(evaluate)

@@ -1,0 +1,1 @@
+"""Figures of merit: reconstruction, steering, unlearning."""

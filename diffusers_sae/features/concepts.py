@@ -1,0 +1,144 @@
+"""Which latents belong to a concept, timestep by timestep, and the edits that follow from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from ..capture import stream_activations
+from ..edits import StrengthTable
+from ..errors import InputError
+from ..saes import SparseAutoencoder
+
+FILE = "concepts.safetensors"
+
+
+def concept_activity(
+    pipe: Any,
+    saes: Mapping[str, SparseAutoencoder],
+    labelled: Sequence[tuple[str, Sequence[str]]],
+    groups: Mapping[str, str],
+    *,
+    branch: str = "cond",
+    batch_size: int = 16,
+    seed: int = 0,
+    **call: Any,
+) -> dict[str, ConceptScores]:
+    """Mean activity of every latent on every concept at every timestep, for all sites in one pass.
+
+    Args:
+        saes: `{site: SAE}`.
+        labelled: prompts, each with the concepts that its image shows.
+        groups: `{concept: what it is a value of}`.
+        call: goes to the pipeline (`num_inference_steps`, `guidance_scale`, ...).
+    """
+    names = tuple(groups)
+    sums: dict[str, torch.Tensor] = {}
+    counts = torch.zeros(len(names), 1, 1)
+    stream = stream_activations(
+        pipe, list(saes), [prompt for prompt, _ in labelled], batch_size=batch_size, seed=seed, **call
+    )
+    for batch in tqdm(stream, total=-(-len(labelled) // batch_size), desc="concepts", mininterval=5):
+        shown = labelled[batch.first_image : batch.first_image + len(batch.prompts)]
+        member = torch.tensor([[float(name in concepts) for name in names] for _, concepts in shown])  # (images, C)
+        counts += member.sum(0)[:, None, None]
+        for site, sae in saes.items():
+            rows, timesteps = batch.rows(site, branch)
+            mean = torch.stack([sae.encode(step).mean(1) for step in rows])  # (T, images, n)
+            part = torch.einsum("ic,tin->ctn", member, mean)
+            sums[site] = sums[site] + part if site in sums else part
+    unseen = [name for name, count in zip(names, counts.flatten().tolist(), strict=True) if count == 0]
+    if unseen:
+        raise InputError(f"No prompt shows {', '.join(unseen)}; add some, or leave those concepts out.")
+    kinds = tuple(groups.values())
+    return {site: ConceptScores(names, kinds, timesteps, total / counts) for site, total in sums.items()}
+
+
+@dataclass
+class ConceptScores:
+    """Scores of every latent for every concept at every timestep.
+
+    Args:
+        concepts: names, such as `neon`.
+        groups: what each is a value of, such as `style`; a concept is told apart from the others of its group.
+        timesteps: `(T,)`, from noise to image.
+        activity: `(C, T, n)`, mean activation on images of the concept, over places and images.
+        effect: `(C, T, n)`, how far the latents' activity moves the denoiser towards the concept, where measured.
+    """
+
+    concepts: tuple[str, ...]
+    groups: tuple[str, ...]
+    timesteps: torch.Tensor
+    activity: torch.Tensor
+    effect: torch.Tensor | None = None
+
+    def index(self, concept: str) -> int:
+        """Position of a concept; raises `InputError` for an unknown one."""
+        if concept not in self.concepts:
+            raise InputError(f"{concept!r} is not among the concepts; choose one of {', '.join(self.concepts)}.")
+        return self.concepts.index(concept)
+
+    def others(self, concept: str) -> list[int]:
+        """The other concepts of its group."""
+        c = self.index(concept)
+        return [i for i, group in enumerate(self.groups) if group == self.groups[c] and i != c]
+
+    def importance(self, concept: str) -> torch.Tensor:
+        """Share of a latent's activity on the concept minus its share on all others, `(T, n)`.
+
+        A share is the latent's part of all activity at that timestep (SAeuron, 2501.18052).
+        """
+        share = self.activity / self.activity.sum(-1, keepdim=True).clamp(min=1e-12)  # (C, T, n)
+        return share[self.index(concept)] - share[self.others(concept)].mean(0)
+
+    def measured_effect(self, concept: str) -> torch.Tensor:
+        """What the latents' activity does towards this concept beyond what it does towards the others, `(T, n)`."""
+        if self.effect is None:
+            raise InputError("No effects lie beside this SAE; measure them, or choose by='activity'.")
+        return self.effect[self.index(concept)]
+
+    def choose(self, concept: str, percentile: float = 99.0, by: str = "activity") -> torch.Tensor:
+        """`(T, n)` bool: latents whose score lies at or above the percentile of their timestep, and above 0."""
+        if not 0 <= percentile < 100:
+            raise InputError(f"percentile={percentile} must be at least 0 and below 100, such as 99.")
+        if by not in ("activity", "effect"):
+            raise InputError(f"by={by!r} is not a way to choose; pass 'activity' or 'effect'.")
+        score = self.importance(concept) if by == "activity" else self.measured_effect(concept)
+        return (score >= score.quantile(percentile / 100, dim=-1, keepdim=True)) & (score > 0)
+
+    def tables(self, chosen: torch.Tensor, values: torch.Tensor, otherwise: float) -> dict[int, StrengthTable]:
+        """`{feature: StrengthTable}` with `values (T, n)` where `chosen (T, n)` and `otherwise` elsewhere."""
+        steps = tuple(self.timesteps.tolist())
+        filled = torch.where(chosen, values, torch.tensor(otherwise))
+        features = chosen.any(0).nonzero().flatten().tolist()
+        return {j: StrengthTable(steps, tuple(filled[:, j].tolist())) for j in features}
+
+    def save(self, folder: Path) -> None:
+        """Write `concepts.safetensors` into an SAE's folder."""
+        tensors = {"timesteps": self.timesteps, "activity": self.activity.half()}
+        if self.effect is not None:
+            tensors["effect"] = self.effect.half()
+        names = {"concepts": json.dumps(self.concepts), "groups": json.dumps(self.groups)}
+        save_file({k: v.contiguous() for k, v in tensors.items()}, folder / FILE, metadata=names)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> ConceptScores:
+        """Read what `save` wrote."""
+        path = Path(folder) / FILE
+        try:
+            with safe_open(path, "pt") as file:
+                names = file.metadata()
+                tensors = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
+            return cls(tuple(json.loads(names["concepts"])), tuple(json.loads(names["groups"])), **tensors)
+        except (OSError, SafetensorError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{path} cannot be read as concept scores ({error}); compute or fetch them again."
+            ) from None

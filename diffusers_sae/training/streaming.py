@@ -1,0 +1,133 @@
+"""Training SAEs for several sites in one pass over a generating pipeline; nothing is stored but checkpoints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ..capture import ShuffleBuffer, stream_activations
+from ..errors import InputError
+from ..saes import SparseAutoencoder
+from .trainer import SAETrainer, TrainingConfig
+
+
+@dataclass(frozen=True)
+class StreamingConfig:
+    """How a stream feeds the trainers.
+
+    Args:
+        images: images to generate; the run ends after them.
+        batch_size: images generated at a time.
+        rows: rows of an optimiser step.
+        reuse: how often a row is drawn, on average.
+        buffer: rows that each site's shuffle buffer holds.
+        branch: guidance branch whose rows are learned.
+        checkpoint_every: images between checkpoints.
+        seed: image i starts from the noise of seed `seed + i`.
+    """
+
+    images: int
+    batch_size: int = 16
+    rows: int = 1024
+    reuse: float = 1.0
+    buffer: int = 2**17
+    branch: str = "cond"
+    checkpoint_every: int = 256
+    seed: int = 0
+
+
+def train_on_stream(
+    pipe: Any,
+    make_sae: Mapping[str, Callable[[int], SparseAutoencoder]],
+    prompts: Iterable[str],
+    config: StreamingConfig,
+    folder: Path,
+    *,
+    training: Mapping[str, Any] | None = None,
+    **call: Any,
+) -> dict[str, SparseAutoencoder]:
+    """Train one SAE for each site on the activations of `config.images` generated images.
+
+    Args:
+        make_sae: `{site: function of the width that gives a new SAE}`.
+        prompts: at least `config.images` prompts.
+        folder: checkpoints and logs; a run that stopped goes on from there.
+        training: arguments of `TrainingConfig` other than the numbers of steps and rows.
+        call: goes to the pipeline (`num_inference_steps`, `guidance_scale`, ...).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    runs = {site: _SiteRun(site, make, config, folder, dict(training or {})) for site, make in make_sae.items()}
+    positions = {run.saved_position() for run in runs.values()}
+    if len(positions) > 1:
+        raise InputError(
+            f"The checkpoints in {folder} are of different images {sorted(positions)}; delete them to begin anew."
+        )
+    (first,) = positions
+    stream = stream_activations(
+        pipe, list(make_sae), prompts, batch_size=config.batch_size, seed=config.seed, skip=first, **call
+    )
+    with tqdm(total=config.images, initial=first, desc="images", mininterval=5) as bar:
+        for batch in stream:
+            done = batch.first_image + len(batch.prompts)
+            for run in runs.values():
+                rows, _ = batch.rows(run.site, config.branch)  # (T, images, P, d)
+                run.feed(rows)
+            bar.update(len(batch.prompts))
+            bar.set_postfix({site: f"{run.figures.get('fvu', 0):.3f}" for site, run in runs.items()})
+            if done // config.checkpoint_every > batch.first_image // config.checkpoint_every:
+                for run in runs.values():
+                    run.save(done)
+            if done >= config.images:
+                break
+    return {site: run.trainer.finish() for site, run in runs.items() if run.trainer is not None}
+
+
+class _SiteRun:
+    """One site's buffer, trainer and checkpoint."""
+
+    def __init__(
+        self,
+        site: str,
+        make: Callable[[int], SparseAutoencoder],
+        config: StreamingConfig,
+        folder: Path,
+        training: dict[str, Any],
+    ) -> None:
+        self.site, self._make, self._config, self._training = site, make, config, training
+        self._checkpoint, self._log = folder / f"{site}.pt", folder / f"{site}.jsonl"
+        self.trainer: SAETrainer | None = None
+        self.figures: dict[str, float] = {}
+        self._owed = 0.0
+
+    def saved_position(self) -> int:
+        """Images that the checkpoint had seen; 0 if there is none."""
+        return SAETrainer.position(self._checkpoint)["images"] if self._checkpoint.exists() else 0
+
+    def feed(self, rows: Any) -> None:
+        """Take one batch of rows `(T, images, P, d)` in and make the steps that are due for it."""
+        config, count = self._config, rows[..., 0].numel()
+        if self.trainer is None:
+            self._buffer = ShuffleBuffer(config.buffer, rows.shape[-1])
+            self._buffer.add(rows)
+            total = config.images * count / rows.shape[1] * config.reuse / config.rows
+            settings = TrainingConfig(steps=int(total), batch_size=config.rows, **self._training)
+            self.trainer = SAETrainer(self._make(rows.shape[-1]), settings, self._buffer.rows)
+            if self._checkpoint.exists():
+                self.trainer.restore(self._checkpoint)
+        else:
+            self._buffer.add(rows)
+        self._owed += count * config.reuse / config.rows
+        while self._owed >= 1 and self.trainer.step_count < self.trainer.config.steps:
+            self.figures = self.trainer.step(self._buffer.sample(config.rows))
+            self._owed -= 1
+
+    def save(self, images: int) -> None:
+        assert self.trainer is not None
+        self.trainer.save(self._checkpoint, images=images)
+        with self._log.open("a") as log:
+            log.write(json.dumps({"images": images, **self.figures}) + "\n")

@@ -1,0 +1,60 @@
+"""Training on a running pipeline: several sites in one pass, and going on after a stop."""
+
+import json
+
+import pytest
+import torch
+from conftest import SITE, Harness
+
+from diffusers_sae import InputError, TopKSAE
+from diffusers_sae.training import StreamingConfig, train_on_stream
+
+CALL = {"num_inference_steps": 3, "guidance_scale": 5.0, "height": 16, "width": 16}
+SITES = (SITE, "unet.mid_block")
+CONFIG = StreamingConfig(images=24, batch_size=4, rows=128, reuse=8.0, buffer=2048, checkpoint_every=8)
+
+
+def prompts(n=24):
+    return [chr(97 + i % 26) * (1 + i % 3) for i in range(n)]
+
+
+def run(folder, words=None, config=CONFIG):
+    torch.manual_seed(0)
+    makers = {site: lambda d: TopKSAE(d, 32, 4) for site in SITES}
+    return train_on_stream(
+        Harness("sd").pipe, makers, words or prompts(), config, folder, training={"lr": 3e-3}, **CALL
+    )
+
+
+def test_every_site_gets_an_sae_that_has_learned(tmp_path):
+    saes = run(tmp_path)
+    assert {site: sae.d_in for site, sae in saes.items()} == {SITE: 8, "unet.mid_block": 16}
+    for site in SITES:
+        log = [json.loads(line) for line in (tmp_path / f"{site}.jsonl").read_text().splitlines()]
+        assert [entry["images"] for entry in log] == [8, 16, 24]
+        assert log[-1]["fvu"] < 0.8 * log[0]["fvu"]
+        state = torch.load(tmp_path / f"{site}.pt", weights_only=True)
+        rows = 24 * 3 * (64 if site == SITE else 16)
+        assert state["step_count"] == state["config"]["steps"] == int(rows * 8 / 128)
+
+
+def test_a_stopped_run_goes_on(tmp_path):
+    def interrupted():
+        for i, prompt in enumerate(prompts()):
+            if i == 18:
+                raise KeyboardInterrupt
+            yield prompt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, interrupted())
+    assert torch.load(tmp_path / f"{SITE}.pt", weights_only=True)["position"] == {"images": 16}
+    run(tmp_path)
+    state = torch.load(tmp_path / f"{SITE}.pt", weights_only=True)
+    assert state["position"] == {"images": 24} and state["step_count"] == state["config"]["steps"]
+
+
+def test_checkpoints_that_do_not_belong_together_are_refused(tmp_path):
+    run(tmp_path)
+    (tmp_path / f"{SITE}.pt").unlink()
+    with pytest.raises(InputError, match="are of different images"):
+        run(tmp_path)
