@@ -130,10 +130,16 @@ def sample_scene(rng: random.Random) -> Scene:
     )
 
 
+def leave_out(scene: Scene, rng: random.Random, keep: float = 0.9) -> Scene:
+    """`scene` with each factor kept with chance `keep`, the object nearly always."""
+    return Scene(
+        **{f: v if rng.random() < (0.97 if f == "object" else keep) else None for f, v in asdict(scene).items()}
+    )
+
+
 def sample_caption(scene: Scene, rng: random.Random, keep: float = 0.9) -> str:
-    """A caption of `scene` in a random template that tells each factor with chance `keep`, the object nearly always."""
-    told = {f: v if rng.random() < (0.97 if f == "object" else keep) else None for f, v in asdict(scene).items()}
-    return Scene(**told).caption(rng.randrange(len(TEMPLATES)))
+    """A caption of `scene` in a random template, with factors left out at times."""
+    return leave_out(scene, rng, keep).caption(rng.randrange(len(TEMPLATES)))
 
 
 def grid(objects: Sequence[str] = OBJECTS, styles: Sequence[str] = STYLES) -> list[Scene]:

@@ -2,7 +2,8 @@
 
 import pytest
 
-from diffusers_sae.evaluation.unlearning import Outcome, Share, unlearning_accuracy
+from diffusers_sae.evaluation.shares import Share
+from diffusers_sae.evaluation.unlearning import Outcome, unlearning_accuracy
 
 OUTCOMES = [
     # asked style, object; seen style, object; artefact

@@ -1,0 +1,50 @@
+"""A record of finished pieces of a long evaluation, so that a stopped one goes on where it was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+
+
+class Ledger:
+    """Results by key, one JSON object a line.
+
+    A line that a kill cut short is dropped when the file is read. A file that was made with other settings is
+    refused, so that results never mix.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self._path = path
+        self._results: dict[str, Any] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text().splitlines() if path.exists() else []
+        whole = [line for line in map(_parse, lines) if line is not None]
+        if whole and whole[0].get("settings") != settings:
+            raise InputError(
+                f"{path} was made with other settings or weights; delete it, or pass another --work folder."
+            )
+        self._results = {line["key"]: line["result"] for line in whole[1:]}
+        if len(whole) != len(lines) or not whole:
+            path.write_text("".join(json.dumps(line) + "\n" for line in whole or [{"settings": settings}]))
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._results
+
+    def get(self, key: str, compute: Callable[[], Any]) -> Any:
+        """The result of `key`, computed and recorded unless it is there."""
+        if key not in self._results:
+            self._results[key] = json.loads(json.dumps(compute()))
+            with self._path.open("a") as file:
+                file.write(json.dumps({"key": key, "result": self._results[key]}) + "\n")
+        return self._results[key]
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
