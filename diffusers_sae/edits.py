@@ -92,10 +92,9 @@ class Edit:
             return strengths
         return strengths * statistics.at(context.timestep).scale(self.unit)[list(self.features)]
 
-    def mask_at(self, grid: tuple[int, int], images: int) -> torch.Tensor | None:
+    def mask_at(self, grid: tuple[int, int], images: int) -> torch.Tensor:
         """The mask on a site's grid, `(1 or images, P, 1)`."""
-        if self.mask is None:
-            return None
+        assert self.mask is not None
         n, _, height, width = self.mask.shape
         if n not in (1, images):
             raise InputError(f"The mask has {n} images and the batch {images}; pass one mask, or one for each image.")

@@ -28,15 +28,31 @@ class LoadedSAE:
     enabled: bool = True
     edits: list[Edit] = field(default_factory=list)
 
-    def delta(self, x: torch.Tensor, edit: Edit, context: DenoisingContext) -> torch.Tensor | None:
-        """`s(t) · (dec(z') - dec(z))` in fp32 for rows `x (images, P, d)` of one branch, or `None` for no change."""
-        if not edit.in_window(context.progress):
+    def change(
+        self, x: torch.Tensor, branch: str, context: DenoisingContext, grid: Callable[[], tuple[int, int]]
+    ) -> torch.Tensor | None:
+        """`M · s(t) · (dec(z') - dec(z))` of all edits for the rows of one branch, or `None` where nothing changes.
+
+        `x` is `(images, P, d)` in fp32; the result broadcasts to it. `grid` gives height and width of the P places.
+        """
+        changes = [c for edit in self.edits if (c := self._change_of(edit, x, branch, context, grid)) is not None]
+        return sum(changes[1:], changes[0]) if changes else None
+
+    def _change_of(
+        self,
+        edit: Edit,
+        x: torch.Tensor,
+        branch: str,
+        context: DenoisingContext,
+        grid: Callable[[], tuple[int, int]],
+    ) -> torch.Tensor | None:
+        if not edit.acts_on(branch) or not edit.in_window(context.progress):
             return None
         strengths = edit.strengths_at(context, self.statistics)
         if strengths is None:
             return None
-        change = code_change(edit, self.sae, x, strengths)
-        return change @ self.sae.W_dec[list(edit.features)]  # (images or 1, P or 1, d)
+        delta = code_change(edit, self.sae, x, strengths) @ self.sae.W_dec[list(edit.features)]
+        return delta if edit.mask is None else delta * edit.mask_at(grid(), context.images).to(delta.device)
 
 
 class SAEProcessor(ModelHook):
@@ -63,7 +79,7 @@ class SAEProcessor(ModelHook):
             self._input = input_of(args, kwargs)
         if any(one.site.kind == "input" and one.edits for one in self.loaded):
             x = input_of(args, kwargs)
-            edited = self._edited(x, x, ("input",))
+            edited = self._edited(x, x, "input")
             if args:
                 args = (edited, *args[1:])
             else:
@@ -74,41 +90,32 @@ class SAEProcessor(ModelHook):
         if not self.armed():
             return output
         x = tensor_of(output)
-        edited = self._edited(x, x, ("output",))
+        edited = self._edited(x, x, "output")
         if self._input is not None:
-            edited = self._edited(edited, x - self._input, ("update",))
+            edited = self._edited(edited, x - self._input, "update")
             self._input = None
         return output if edited is x else with_tensor(output, edited)
 
-    def _edited(self, x: torch.Tensor, seen: torch.Tensor, kinds: tuple[str, ...]) -> torch.Tensor:
-        """`x` with the changes that the SAEs of these kinds make from what they see; `x` itself if there are none."""
-        changed: torch.Tensor | None = None
+    def _edited(self, x: torch.Tensor, seen: torch.Tensor, kind: str) -> torch.Tensor:
+        """`x` with the changes that SAEs of this kind of site make from what they see; `x` itself if there are none."""
+        total: torch.Tensor | None = None
         for one in self.loaded:
-            if not one.enabled or one.site.kind not in kinds:
+            if not one.enabled or not one.edits or one.site.kind != kind:
                 continue
             layout = LAYOUTS[one.site.layout]
-            for edit in one.edits:
-                mask = (
-                    edit.mask_at(grid_of(x, self.context.size), self.context.images) if edit.mask is not None else None
-                )
-                for branch in self.context.branches:
-                    if not edit.acts_on(branch):
-                        continue
-                    rows = self.context.rows_of(branch)
-                    sae_input = layout.to_rows(seen[rows]).float()  # (images, P, d)
-                    _check_width(sae_input, one)
-                    one.sae.to(x.device)
-                    delta = one.delta(sae_input, edit, self.context)
-                    if delta is None:
-                        continue
-                    if mask is not None:
-                        delta = delta * mask.to(delta.device)
-                    changed = torch.zeros_like(x, dtype=torch.float32) if changed is None else changed
-                    changed[rows] += layout.from_rows(delta.expand_as(sae_input), seen[rows])
-        if changed is None:
+            one.sae.to(x.device)
+            for branch in self.context.branches:
+                rows = self.context.rows_of(branch)
+                part = layout.to_rows(seen[rows]).float()  # (images, P, d)
+                _check_width(part, one)
+                change = one.change(part, branch, self.context, lambda: grid_of(x, self.context.size))
+                if change is not None:
+                    total = torch.zeros_like(x, dtype=torch.float32) if total is None else total
+                    total[rows] += layout.from_rows(change.expand_as(part), seen[rows])
+        if total is None:
             return x
-        changed = changed.to(x.dtype)
-        return torch.where(changed == 0, x, x + changed)  # adding 0 would turn -0 into +0
+        total = total.to(x.dtype)
+        return torch.where(total == 0, x, x + total)  # adding 0 would turn -0 into +0
 
 
 def _check_width(x: torch.Tensor, one: LoadedSAE) -> None:

@@ -46,7 +46,7 @@ def spoil(x: torch.Tensor, rng: random.Random) -> torch.Tensor:
 
 
 def main() -> None:
-    args = arguments(__doc__, steps=2500, batch=128, lr=2e-3).parse_args()
+    args = arguments(__doc__, steps=1500, batch=128, lr=2e-3).parse_args()
     canvas = Canvas(args.world / "sprites.npz")
     judge = Judge().to(args.device, memory_format=torch.channels_last)
 

@@ -1,0 +1,44 @@
+"""How other systems write an edit back, for honest comparison; steering itself never does it so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..context import DenoisingContext
+from ..hooks import LoadedSAE
+from ..saes import SparseAutoencoder
+from ..sites import Site, resolve
+
+ERROR_TERMS = {"kept": 1.0, "dropped": 0.0, "wrong_sign": -1.0}
+"""Weight w of the reconstruction error in `x' = dec(z') + w (x - x̂)`.
+
+`kept` is the delta form. `dropped` is an edit without error term. `wrong_sign` is what SAeuron's code computes and
+others copied: an edit that changes nothing returns `2 x̂ - x`.
+"""
+
+
+@dataclass
+class WithErrorTerm(LoadedSAE):
+    """An SAE whose edits are written as `dec(z') + w (x - x̂)` on every row and step that an edit addresses."""
+
+    weight: float = 1.0
+
+    def change(
+        self, x: torch.Tensor, branch: str, context: DenoisingContext, grid: Callable[[], tuple[int, int]]
+    ) -> torch.Tensor | None:
+        delta = super().change(x, branch, context, grid)
+        if not any(edit.acts_on(branch) for edit in self.edits):
+            return delta
+        lost = (self.weight - 1) * (x - self.sae(x))
+        return lost if delta is None else delta + lost
+
+
+def load_with_error_term(pipe: Any, sae: SparseAutoencoder, site: str, adapter_name: str, error_term: str) -> None:
+    """`load_sae`, with one of `ERROR_TERMS`."""
+    place = Site.of(site)
+    one = WithErrorTerm(adapter_name, sae.eval().requires_grad_(False), place, weight=ERROR_TERMS[error_term])
+    pipe._steering.add(one, resolve(pipe, place))
