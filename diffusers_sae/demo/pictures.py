@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,3 +40,50 @@ def draw_grid(rows: Sequence[Row], title: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+FIGURES = {"ua": "UA", "ira": "IRA", "cra": "CRA", "artefacts": "artefacts"}
+
+
+def draw_curves(curves: dict[str, Any], path: Path) -> None:
+    """Removal figures over each thing that was varied, a row for each domain; the chosen point is marked."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    varied = list(next(iter(curves.values())))
+    figure, grid = plt.subplots(
+        len(curves), len(varied), figsize=(3.2 * len(varied), 3.1 * len(curves)), sharey=True, layout="constrained",
+        squeeze=False,
+    )  # fmt: skip
+    for axes, (domain, points_of) in zip(grid, curves.items(), strict=True):
+        axes[0].set_ylabel(f"removal of {domain}s\nshare of images")
+        for axis, what in zip(axes, varied, strict=True):
+            points = points_of[what]
+            labels = [_tick(point["how"][what]) for point in points]
+            for key, name in FIGURES.items():
+                values = [point[key]["value"] for point in points]
+                low = [v - p[key]["low"] for v, p in zip(values, points, strict=True)]
+                high = [p[key]["high"] - v for v, p in zip(values, points, strict=True)]
+                axis.errorbar(labels, values, [low, high], marker="o", ms=4, capsize=2, lw=1.2, label=name)
+            axis.axvspan(*_around(points), color="gold", alpha=0.35, lw=0)
+            axis.set(title=what.replace("_", " "), ylim=(-0.03, 1.03))
+            axis.tick_params(axis="x", labelsize=8)
+            axis.grid(alpha=0.3)
+    grid[0][0].legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def _tick(value: Any) -> str:
+    if isinstance(value, list):
+        return "\n+ ".join(site.removeprefix("unet.").replace("attentions", "attn") for site in value)
+    return f"{value:g}" if isinstance(value, (int, float)) else str(value)
+
+
+def _around(points: Sequence[dict[str, Any]]) -> tuple[float, float]:
+    """The band round the chosen point."""
+    chosen = next(i for i, point in enumerate(points) if point["chosen"])
+    return chosen - 0.3, chosen + 0.3

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..features.concepts import ConceptScores
 from ..pipelines import SAESteeringPipeline
 from .judge import Judge
 from .world import FACTORS
@@ -17,6 +18,7 @@ MODELS = Path(__file__).parent / "models"
 SITES = ("unet.up_blocks.1.attentions.1", "unet.up_blocks.0.attentions.1")
 STEPS = 20
 GUIDANCE = 4.0
+CALL: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
 
 
 def load_pipeline(folder: Path = MODELS / "emoji-sd") -> Any:
@@ -26,21 +28,23 @@ def load_pipeline(folder: Path = MODELS / "emoji-sd") -> Any:
     return pipe
 
 
+def load_scores(folder: Path = MODELS / "saes") -> dict[str, ConceptScores]:
+    """The concept scores of the SAE of every site."""
+    return {site: ConceptScores.load(folder / site) for site in SITES}
+
+
 def load_judge(folder: Path = MODELS / "judge") -> Judge:
     return Judge.from_pretrained(folder).eval()
 
 
 def generate(
-    pipe: Any, prompts: Iterable[str], seeds: Iterable[int], *, batch_size: int = 32, steps: int = STEPS, **call: Any
+    pipe: Any, prompts: Iterable[str], seeds: Iterable[int], *, batch_size: int = 32, **call: Any
 ) -> Iterator[torch.Tensor]:
     """Images `(3, 64, 64)` in [-1, 1], one a prompt; each starts from the noise of its own seed, whatever the batch."""
     pairs = iter(zip(prompts, seeds, strict=True))
     while batch := list(islice(pairs, batch_size)):
         generators = [torch.Generator().manual_seed(seed) for _, seed in batch]
-        arguments = {"guidance_scale": GUIDANCE, **call}
-        images = pipe(
-            [p for p, _ in batch], num_inference_steps=steps, generator=generators, output_type="pt", **arguments
-        ).images
+        images = pipe([p for p, _ in batch], generator=generators, output_type="pt", **{**CALL, **call}).images
         yield from images.float() * 2 - 1
 
 

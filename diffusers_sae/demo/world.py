@@ -6,8 +6,8 @@ A scene has an object, a style and a background. Some objects are people, who ha
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 
 THINGS = (
     "cat", "dog", "panda", "frog", "fox", "owl", "unicorn", "butterfly",
@@ -42,6 +42,9 @@ def concept_name(factor: str, value: str) -> str:
 
 CONCEPTS: dict[str, str] = {concept_name(f, v): f for f, values in FACTORS.items() for v in values}
 """Every concept and the factor it is a value of."""
+
+CONCEPT_VALUES: dict[str, str] = {concept_name(f, v): v for f, values in FACTORS.items() for v in values}
+"""Every concept and the value it is."""
 
 STYLES_WITHOUT_SKIN = frozenset({"ink", "pencil sketch", "sepia", "neon"})
 """Styles that draw every skin tone alike, so that the tone has no label."""
@@ -145,3 +148,21 @@ def sample_caption(scene: Scene, rng: random.Random, keep: float = 0.9) -> str:
 def grid(objects: Sequence[str] = OBJECTS, styles: Sequence[str] = STYLES) -> list[Scene]:
     """Every object in every style, without a background: the cells of an UnlearnCanvas grid."""
     return [Scene(o, s) for o in objects for s in styles]
+
+
+def scene_with(factor: str, value: str, rng: random.Random) -> Scene:
+    """A random full scene that shows this value."""
+    while True:
+        scene = sample_scene(rng)
+        if factor in ("gender", "skin") and not scene.is_person:
+            continue
+        if factor != "object":
+            scene = replace(scene, **{factor: value})
+        if getattr(scene, factor) == value and scene.labels()[factor] >= 0:
+            return scene
+
+
+def sample_captions(count: int, seed: int) -> Iterator[str]:
+    """Captions in which factors are left out at times, as in the training of the U-Net."""
+    rng = random.Random(seed)
+    return (sample_caption(sample_scene(rng), rng) for _ in range(count))

@@ -80,6 +80,10 @@ class ConceptScores:
     activity: torch.Tensor
     effect: torch.Tensor | None = None
 
+    @property
+    def n_latents(self) -> int:
+        return self.activity.shape[-1]
+
     def index(self, concept: str) -> int:
         """Position of a concept; raises `InputError` for an unknown one."""
         if concept not in self.concepts:
@@ -107,12 +111,34 @@ class ConceptScores:
 
     def choose(self, concept: str, percentile: float = 99.0, by: str = "activity") -> torch.Tensor:
         """`(T, n)` bool: latents whose score lies at or above the percentile of their timestep, and above 0."""
-        if not 0 <= percentile < 100:
-            raise InputError(f"percentile={percentile} must be at least 0 and below 100, such as 99.")
         if by not in ("activity", "effect"):
             raise InputError(f"by={by!r} is not a way to choose; pass 'activity' or 'effect'.")
         score = self.importance(concept) if by == "activity" else self.measured_effect(concept)
-        return (score >= score.quantile(percentile / 100, dim=-1, keepdim=True)) & (score > 0)
+        return _top(score, percentile)
+
+    def towards(
+        self, concept: str, strength: float = 1.0, percentile: float = 95.0, instead_of: str | None = None
+    ) -> dict[int, StrengthTable]:
+        """Strengths for `steer(..., mode="add")` that move an image towards the concept.
+
+        Every chosen latent is raised, or lowered, by what images of the concept have more of it than images of the
+        others of its group, or than those of `instead_of`; times `strength`. Chosen are the latents of each timestep
+        in which they differ most.
+        """
+        rivals = self.others(concept) if instead_of is None else [self.index(instead_of)]
+        difference = self.activity[self.index(concept)] - self.activity[rivals].mean(0)  # (T, n)
+        chosen = _top(difference.abs(), percentile)
+        return self.tables(chosen, strength * difference, otherwise=0.0)
+
+    def away(
+        self, concept: str, strength: float = -1.0, percentile: float = 99.0, by: str = "activity"
+    ) -> dict[int, StrengthTable]:
+        """Factors for `steer(..., mode="scale")` that remove the concept: `strength` for the latents of `choose`.
+
+        0 takes the latents out, a negative factor turns them round (SAeuron's gamma).
+        """
+        chosen = self.choose(concept, percentile, by)
+        return self.tables(chosen, torch.full(chosen.shape, float(strength)), otherwise=1.0)
 
     def tables(self, chosen: torch.Tensor, values: torch.Tensor, otherwise: float) -> dict[int, StrengthTable]:
         """`{feature: StrengthTable}` with `values (T, n)` where `chosen (T, n)` and `otherwise` elsewhere."""
@@ -142,3 +168,10 @@ class ConceptScores:
             raise InputError(
                 f"{path} cannot be read as concept scores ({error}); compute or fetch them again."
             ) from None
+
+
+def _top(score: torch.Tensor, percentile: float) -> torch.Tensor:
+    """Which of the scores `(T, n)` lie at or above the percentile of their row, and above 0."""
+    if not 0 <= percentile < 100:
+        raise InputError(f"percentile={percentile} must be at least 0 and below 100, such as 99.")
+    return (score >= score.quantile(percentile / 100, dim=-1, keepdim=True)) & (score > 0)

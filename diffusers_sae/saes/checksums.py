@@ -17,8 +17,8 @@ def sha256(path: Path) -> str:
 
 
 def write_checksums(folder: Path) -> None:
-    """Record every file of `folder` (not of its subfolders) in `checksums.json`."""
-    files = sorted(p for p in folder.iterdir() if p.is_file() and p.name != FILE)
+    """Record the data files of `folder` (not of its subfolders) in `checksums.json`; cards may be edited later."""
+    files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json") and p.name != FILE)
     (folder / FILE).write_text(json.dumps({p.name: sha256(p) for p in files}, indent=1) + "\n")
 
 

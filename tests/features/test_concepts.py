@@ -51,6 +51,28 @@ def test_tables_hold_the_values_where_chosen(scores):
     assert tables[7].at(10.0) == 1.0
 
 
+def test_towards_adds_what_the_concept_has_more_of(scores):
+    a = scores.activity.double()
+    for instead_of, rival in ((None, a[[0, 2]].mean(0)), ("flat", a[2])):
+        difference = a[1] - rival
+        plan = scores.towards("sepia", 3.0, percentile=90, instead_of=instead_of)
+        for t, step in enumerate((900.0, 100.0)):
+            largest = difference[t].abs().topk(20).indices.tolist()
+            given = {j: table.at(step) for j, table in plan.items() if table.at(step) != 0}
+            assert sorted(given) == sorted(largest)
+            for j in largest:
+                assert given[j] == pytest.approx(3 * difference[t, j].item(), rel=1e-5)
+
+
+def test_away_scales_the_chosen_latents_and_leaves_the_others(scores):
+    chosen = scores.choose("cat", 95, "effect")
+    plan = scores.away("cat", -2.0, 95, "effect")
+    assert set(plan) == set(chosen.any(0).nonzero().flatten().tolist())
+    for t, step in enumerate((900.0, 100.0)):
+        for j, table in plan.items():
+            assert table.at(step) == (-2.0 if chosen[t, j] else 1.0)
+
+
 def test_saved_and_loaded(scores, tmp_path):
     scores.save(tmp_path)
     again = ConceptScores.load(tmp_path)

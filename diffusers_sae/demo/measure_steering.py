@@ -1,0 +1,64 @@
+"""Steering towards a concept: does the judge see it, and is everything else as it was?"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from ..evaluation.shares import Share
+from ..features.concepts import ConceptScores
+from .judge import Judge
+from .shipped import Seen, generate, look
+from .world import CONCEPT_VALUES, CONCEPTS, FACTORS, Scene, scene_with
+
+SEED = 50_000_000
+
+
+class Towards(NamedTuple):
+    """How images are moved towards a concept: the arguments of `ConceptScores.towards`, and a window of progress."""
+
+    strength: float = 1.0
+    percentile: float = 95.0
+    start: float = 0.0
+    stop: float = 1.0
+
+
+TOWARDS = {factor: Towards() for factor in FACTORS}
+"""How this is done for the values of each factor."""
+
+
+def silent_scenes(factor: str, images: int) -> list[Scene]:
+    """Scenes whose captions say nothing of `factor`, of a kind that can have it."""
+    rng = random.Random(f"{SEED} {factor}")
+    scenes = (scene_with(factor, rng.choice(FACTORS[factor]), rng) for _ in range(images))
+    silent = {factor: None, "gender": None, "skin": None} if factor == "object" else {factor: None}
+    return [replace(scene, **silent) for scene in scenes]
+
+
+def judged(pipe: Any, judge: Judge, scenes: Sequence[Scene]) -> list[Seen]:
+    """What the judge sees in images of the scenes, steered as the pipeline is now."""
+    return look(judge, list(generate(pipe, [s.caption() for s in scenes], range(SEED, SEED + len(scenes)))))
+
+
+def steer_towards(pipe: Any, scores: Mapping[str, ConceptScores], concept: str, how: Towards) -> None:
+    """Add the edits to the plan, at every site of `scores` (whose SAEs are loaded under the sites' names)."""
+    for site, at_site in scores.items():
+        features = at_site.towards(concept, how.strength, how.percentile)
+        pipe.steer(features, adapter_name=site, start=how.start, stop=how.stop)
+
+
+def steering_figures(
+    concept: str, scenes: Sequence[Scene], bare: Sequence[Seen], steered: Sequence[Seen]
+) -> dict[str, Any]:
+    """Shares of images in which the concept is `seen`, bare and steered, and all other told factors are as before."""
+    factor, value = CONCEPTS[concept], CONCEPT_VALUES[concept]
+    seen, before, kept = Share(), Share(), Share()
+    for scene, old, new in zip(scenes, bare, steered, strict=True):
+        visible = replace(scene, **{factor: value}).labels()
+        told = [f for f, label in scene.labels().items() if label >= 0 and visible[f] >= 0]
+        seen.count(new[factor][0] == value)
+        before.count(old[factor][0] == value)
+        kept.count(all(new[f][0] == old[f][0] for f in told))
+    return {"seen": seen.as_dict(), "seen_bare": before.as_dict(), "kept": kept.as_dict()}

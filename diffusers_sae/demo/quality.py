@@ -1,0 +1,150 @@
+"""All quality figures of the shipped models, piece by piece; each piece is recorded as soon as it is there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import astuple, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ..evaluation.ledger import Ledger
+from ..evaluation.unlearning import Outcome, UnlearningAccuracy, unlearning_accuracy
+from ..saes import TopKSAE
+from ..saes.checksums import sha256
+from . import measure_model, measure_sae, measure_steering
+from .measure_removal import REMOVAL, Removal, cells_of, outcomes, steer_away
+from .shipped import MODELS, SITES, load_judge, load_pipeline, load_scores
+from .world import CONCEPTS, FACTORS, Scene, grid
+
+VARIATIONS: dict[str, tuple[Any, ...]] = {
+    "strength": (0.5, 0.0, -0.5, -1.0, -2.0, -4.0),
+    "latents": (1, 2, 4, 8, 16, 32),
+    "sites": (SITES, SITES[:1], SITES[1:]),
+    "by": ("activity", "effect"),
+    "error_term": ("kept", "dropped", "wrong_sign"),
+}
+"""What the curves vary about the chosen point, one at a time."""
+
+CURVE_TARGETS = {"style": ("3d", "ink", "pixel art", "neon"), "object": ("panda", "rocket", "hamburger", "cook")}
+"""Concepts that the curves are averaged over."""
+
+Cells = Sequence[tuple[int, Scene]]
+
+
+def fingerprint(models: Path = MODELS) -> dict[str, str]:
+    """SHA-256 of every weights file; results of other weights must not mix with these."""
+    return {str(p.relative_to(models)): sha256(p) for p in sorted(models.rglob("*.safetensors"))}
+
+
+class Quality:
+    """Measures the models in a folder. Every method returns JSON data and goes on where a stopped one was."""
+
+    def __init__(self, ledger: Ledger, models: Path = MODELS) -> None:
+        self._ledger = ledger
+        self._pipe = load_pipeline(models / "emoji-sd")
+        self._judge = load_judge(models / "judge")
+        self._saes = {site: TopKSAE.from_pretrained(models / "saes" / site).float() for site in SITES}
+        self._scores = load_scores(models / "saes")
+        self._size = sum(p.stat().st_size for p in models.rglob("*") if p.is_file())
+
+    def model(self, images: int = 512) -> dict[str, Any]:
+        """How often emoji-sd draws what it is asked for, how long an image takes, how large everything shipped is."""
+
+        def measure() -> dict[str, Any]:
+            accuracy, _ = measure_model.accuracy(self._pipe, self._judge, images)
+            seconds = measure_model.seconds_an_image(self._pipe)
+            return {
+                "accuracy": accuracy,
+                "seconds_an_image": round(seconds, 3),
+                "megabytes": round(self._size / 1e6, 1),
+            }
+
+        return self._ledger.get(f"model {images}", measure)
+
+    def sae(self, images: int = 256) -> dict[str, Any]:
+        """Reconstruction on held-out activations."""
+        return self._ledger.get(f"sae {images}", lambda: measure_sae.reconstruction(self._pipe, self._saes, images)[0])
+
+    def steering(self, images: int = 32) -> dict[str, Any]:
+        """Steering towards every concept."""
+        how = measure_steering.TOWARDS
+        figures = {}
+        for concept, factor in tqdm(CONCEPTS.items(), desc="steering"):
+            scenes = measure_steering.silent_scenes(factor, images)
+
+            def seen(scenes: Sequence[Scene] = scenes) -> list[Any]:
+                return measure_steering.judged(self._pipe, self._judge, scenes)
+
+            bare = self._ledger.get(f"bare {factor} {images}", seen)
+            with self._loaded():
+                measure_steering.steer_towards(self._pipe, self._scores, concept, how[factor])
+                steered = self._ledger.get(f"towards {concept} {images} {how[factor]}", seen)
+            figures[concept] = measure_steering.steering_figures(concept, scenes, bare, steered)
+        return {"how": {factor: how[factor]._asdict() for factor in FACTORS}, "concepts": figures}
+
+    def curves(self, images: int = 16) -> dict[str, Any]:
+        """Removal figures about the chosen point of each domain, over some targets and some cells of the grid."""
+        points = [
+            (domain, what, replace(REMOVAL[domain], **{what: value}))
+            for domain in REMOVAL
+            for what, values in VARIATIONS.items()
+            for value in values
+        ]
+        figures: dict[str, Any] = {domain: {what: [] for what in VARIATIONS} for domain in REMOVAL}
+        for domain, what, how in tqdm(points, desc="curves"):
+            total = self._removal(CURVE_TARGETS[domain], how, lambda target: cells_of(target, images))
+            figures[domain][what].append({"how": how.as_dict(), "chosen": how == REMOVAL[domain], **total.as_dict()})
+        return figures
+
+    def removal(self) -> dict[str, Any]:
+        """Removal of every style and every object at the chosen point, each over the full grid; and the bare grid."""
+        cells = list(enumerate(grid()))
+        bare = [Outcome(*o) for o in self._ledger.get("bare grid", lambda: self._outcomes(cells))]
+        figures: dict[str, Any] = {
+            "bare": {
+                "style": sum(o.seen_style == o.style for o in bare) / len(bare),
+                "object": sum(o.seen_object == o.object for o in bare) / len(bare),
+                "artefacts": sum(o.artefact for o in bare) / len(bare),
+            }
+        }
+        for domain, how in REMOVAL.items():
+            targets = FACTORS[domain]
+            each = {t: self._removal([t], how, lambda _: cells) for t in tqdm(targets, desc=f"removal of {domain}s")}
+            total = sum(list(each.values())[1:], each[targets[0]])
+            figures[domain] = {
+                "how": how.as_dict(),
+                **total.as_dict(),
+                "targets": {target: result.as_dict() for target, result in each.items()},
+            }
+        return figures
+
+    def _removal(self, targets: Sequence[str], how: Removal, cells: Callable[[str], Cells]) -> UnlearningAccuracy:
+        results = [self._removal_of(target, how, cells(target)) for target in targets]
+        return sum(results[1:], results[0])
+
+    def _removal_of(self, target: str, how: Removal, cells: Cells) -> UnlearningAccuracy:
+        def measure() -> list[tuple]:
+            try:
+                steer_away(self._pipe, self._saes, self._scores, target, how)
+                return self._outcomes(cells)
+            finally:
+                self._pipe.unload_sae()
+
+        record = self._ledger.get(f"away {target} {json.dumps(how.as_dict())} {len(cells)}", measure)
+        return unlearning_accuracy([Outcome(*o) for o in record], CONCEPTS[target], target)
+
+    def _outcomes(self, cells: Cells) -> list[tuple]:
+        return [astuple(o) for o in outcomes(self._pipe, self._judge, cells)]
+
+    @contextmanager
+    def _loaded(self) -> Iterator[None]:
+        for site, sae in self._saes.items():
+            self._pipe.load_sae(sae, site=site, adapter_name=site)
+        try:
+            yield
+        finally:
+            self._pipe.unload_sae()

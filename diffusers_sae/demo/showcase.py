@@ -1,0 +1,194 @@
+"""The demo: what steering does, in five rows of captioned images."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from ..edits import StrengthTable
+from ..features.concepts import ConceptScores
+from .judge import Judge
+from .measure_removal import REMOVAL
+from .measure_steering import TOWARDS
+from .pictures import Row
+from .shipped import SITES, generate, look
+
+Edits = Sequence[dict[str, Any]]
+"""Arguments of `steer`, one dict an edit."""
+
+
+class Panel(NamedTuple):
+    """One image of the demo: how it is captioned, what is asked for, and how it is steered."""
+
+    caption: str
+    prompt: str
+    seed: int
+    edits: Edits = ()
+
+
+class Story(NamedTuple):
+    """One row of the demo."""
+
+    headline: str
+    panels: Sequence[Panel]
+
+
+def towards(scores: Mapping[str, ConceptScores], concept: str, factor: str, **kwargs: Any) -> Edits:
+    how = TOWARDS[factor]
+    source = kwargs.pop("instead_of", None)
+    return [
+        {
+            "features": at_site.towards(concept, how.strength, how.percentile, source),
+            "adapter_name": site,
+            **{"start": how.start, "stop": how.stop, **kwargs},
+        }
+        for site, at_site in scores.items()
+    ]
+
+
+def away(scores: Mapping[str, ConceptScores], concept: str, factor: str) -> Edits:
+    how = REMOVAL[factor]
+    return [
+        {
+            "features": scores[site].away(concept, how.strength, how.percentile(scores[site].n_latents), how.by),
+            "adapter_name": site,
+            "mode": "scale",
+        }
+        for site in how.sites
+    ]
+
+
+def stories(scores: Mapping[str, ConceptScores]) -> list[Story]:
+    """The rows of the demo."""
+    return [_style(scores), _background(scores), _removal(scores), _sweep(scores), _windows(scores)]
+
+
+def _pairs(cases: Sequence[tuple[str, int, str, Edits]]) -> list[Panel]:
+    """Bare and steered, side by side, for cases of (prompt, seed, what is done, edits)."""
+    return [
+        panel
+        for prompt, seed, done, edits in cases
+        for panel in (Panel(f"“{prompt}”", prompt, seed), Panel(done, prompt, seed, edits))
+    ]
+
+
+def _style(scores: Mapping[str, ConceptScores]) -> Story:
+    cases = [("a panda on a yellow background", 1, "neon"), ("a house on a white background", 2, "pixel art"),
+             ("a fox on a blue background", 3, "ink")]  # fmt: skip
+    return Story(
+        "A style is added: the prompt names none, the edit does",
+        _pairs([(prompt, seed, f"+ {style}", towards(scores, style, "style")) for prompt, seed, style in cases]),
+    )
+
+
+def _background(scores: Mapping[str, ConceptScores]) -> Story:
+    cases = [("a 3d render of a rocket", 4, "red", "green"), ("a flat icon of a cat", 5, "white", "purple"),
+             ("a cartoon of an owl", 6, "blue", "yellow")]  # fmt: skip
+    return Story(
+        "A background is turned: the prompt says one colour, the edit another",
+        _pairs(
+            [
+                (
+                    f"{thing} on a {old} background",
+                    seed,
+                    f"{old} → {new}",
+                    towards(scores, f"{new} background", "background", instead_of=f"{old} background"),
+                )
+                for thing, seed, old, new in cases
+            ]
+        ),
+    )
+
+
+def _removal(scores: Mapping[str, ConceptScores]) -> Story:
+    edits = away(scores, "panda", "object")
+    prompts = ("a 3d render of a panda", "a cartoon of a panda", "a 3d render of a hamburger")
+    return Story(
+        "An object is removed: no panda where one is asked for, and all else as it was",
+        _pairs([(prompt, 7 + i, "− panda", edits) for i, prompt in enumerate(prompts)]),
+    )
+
+
+def _sweep(scores: Mapping[str, ConceptScores]) -> Story:
+    """One feature at the second site, by the concept that it belongs to most clearly in the middle of the way."""
+    site = SITES[0]
+    at_site = scores[site]
+    feature = int(at_site.importance("black background").mean(0).argmax())
+    mean = at_site.activity[at_site.index("black background"), :, feature]  # (T,)
+    steps = tuple(at_site.timesteps.tolist())
+
+    def edits(strength: float) -> Edits:
+        table = StrengthTable(steps, tuple((strength * mean).tolist()))
+        return [{"features": {feature: table}, "adapter_name": site}]
+
+    prompt = "a 3d render of a strawberry"
+    return Story(
+        f"One feature, number {feature} at {site}, at rising strength (× its mean on black backgrounds)",
+        [Panel(f"× {s:g}" if s else f"“{prompt}”", prompt, 10, edits(s)) for s in (0, 1, 2, 4, 6, 8)],
+    )
+
+
+def _windows(scores: Mapping[str, ConceptScores]) -> Story:
+    prompt = "a 3d render of a cat on a white background"
+
+    def edits(start: float, stop: float) -> Edits:
+        return towards(scores, "sepia", "style", instead_of="3d", start=start, stop=stop)
+
+    return Story(
+        "One edit, towards sepia, on early steps only and on late steps only",
+        [
+            Panel(f"“{prompt}”", prompt, 11),
+            Panel("all steps", prompt, 11, edits(0, 1)),
+            Panel("first third", prompt, 11, edits(0, 1 / 3)),
+            Panel("second third", prompt, 11, edits(1 / 3, 2 / 3)),
+            Panel("last third", prompt, 11, edits(2 / 3, 1)),
+        ],
+    )
+
+
+def draw(pipe: Any, judge: Judge, story: Sequence[Story]) -> tuple[list[Row], list[dict[str, Any]]]:
+    """Make every image; returns the rows to draw and, for each image, what was done and what the judge sees."""
+    rows, report = [], []
+    bar = tqdm(total=sum(len(s.panels) for s in story), desc="images")
+    for headline, panels in story:
+        images = []
+        for panel in panels:
+            start = time.perf_counter()
+            images.append(_image(pipe, panel))
+            seen = look(judge, images[-1:])[0]
+            report.append(
+                {
+                    "row": headline,
+                    "prompt": panel.prompt,
+                    "seed": panel.seed,
+                    "edits": [_told(edit) for edit in panel.edits],
+                    "seen": {factor: {"value": v, "confidence": round(p, 4)} for factor, (v, p) in seen.items()},
+                    "seconds": round(time.perf_counter() - start, 2),
+                }
+            )
+            bar.update()
+        rows.append(Row(headline, images, [p.caption for p in panels]))
+    return rows, report
+
+
+def _image(pipe: Any, panel: Panel) -> torch.Tensor:
+    try:
+        for edit in panel.edits:
+            pipe.steer(**edit)
+        return next(generate(pipe, [panel.prompt], [panel.seed]))
+    finally:
+        pipe.reset_steering()
+
+
+def _told(edit: Mapping[str, Any]) -> dict[str, Any]:
+    """An edit in words that JSON knows; strengths as their largest over the timesteps."""
+    features = {str(j): round(_largest(table), 4) for j, table in edit["features"].items()}
+    return {**edit, "features": features}
+
+
+def _largest(table: StrengthTable) -> float:
+    return max(table.values, key=lambda v: abs(v))

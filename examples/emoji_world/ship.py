@@ -1,0 +1,144 @@
+"""Put the trained models into the package: `python ship.py`. fp16 safetensors, cards, licences of the drawings.
+
+Writes `diffusers_sae/demo/models`: emoji-sd, emoji-clip, judge and the SAEs. What is there already is replaced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline
+from sprites import PACKAGES
+from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
+
+from diffusers_sae import TopKSAE
+from diffusers_sae.demo.judge import Judge
+from diffusers_sae.demo.shipped import MODELS, SITES
+from diffusers_sae.saes.checksums import write_checksums
+
+COMMANDS = """\
+pip install -e '.[world]'
+python examples/emoji_world/sprites.py
+python examples/emoji_world/train_autoencoder.py
+python examples/emoji_world/train_clip.py
+python examples/emoji_world/train_unet.py
+python examples/emoji_world/train_judge.py
+python examples/emoji_world/train_sae.py
+python examples/emoji_world/ship.py"""
+
+CARD = """\
+---
+license: apache-2.0
+library_name: {library}
+---
+# {name}
+
+{what}
+
+**Made from** the drawings listed in [`DRAWINGS.md`](DRAWINGS.md), composed into 64 x 64 scenes by
+`examples/emoji_world/canvas.py`. No other data, no pretrained weights.
+
+**Made by** these commands, in this order (trained on 2 CPU cores in fp32, stored in fp16):
+
+```
+{commands}
+```
+
+**Figures** {figures}
+
+**Licence** of the weights: Apache-2.0, as the code. The drawings keep their own.
+"""
+
+
+def card(folder: Path, name: str, library: str, what: str, figures: str) -> None:
+    text = CARD.format(name=name, library=library, what=what, figures=figures, commands=COMMANDS)
+    (folder / "README.md").write_text(text)
+
+
+def drawings() -> str:
+    rows = [f"| `{p.name}` | {p.version} | {p.licence} | {p.authors} |" for p in PACKAGES.values()]
+    return "\n".join(
+        [
+            "# Drawings",
+            "",
+            "The models were trained on images composed from these packages of the npm registry.",
+            "The drawings are not part of this package; their licence texts are.",
+            "",
+            "| package | version | licence | authors |",
+            "|---|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--world", type=Path, default=Path("outputs/emoji_world"))
+    parser.add_argument("--out", type=Path, default=MODELS)
+    args = parser.parse_args()
+    staging = args.out.with_name(args.out.name + ".part")
+    shutil.rmtree(staging, ignore_errors=True)
+
+    pipe = StableDiffusionPipeline.from_pretrained(args.world / "emoji-sd", safety_checker=None)
+    pipe.to(torch.float16).save_pretrained(staging / "emoji-sd")
+    clip = args.world / "emoji-clip"
+    for part, cls in (("text_encoder", CLIPTextModelWithProjection), ("image_encoder", CLIPVisionModelWithProjection)):
+        cls.from_pretrained(clip / part).half().save_pretrained(staging / "emoji-clip" / part)
+    for part in ("tokenizer", "image_processor"):
+        shutil.copytree(clip / part, staging / "emoji-clip" / part)
+    Judge.from_pretrained(args.world / "judge").half().save_pretrained(staging / "judge")
+    shutil.copy(args.world / "judge" / "held_out.json", staging / "judge")
+    for site in SITES:
+        source, target = args.world / "saes" / site, staging / "saes" / site
+        TopKSAE.from_pretrained(source).half().save_pretrained(target)
+        for name in ("statistics.safetensors", "concepts.safetensors", "held_out.json"):
+            shutil.copy(source / name, target)
+        figures = json.loads((source / "held_out.json").read_text())
+        card(
+            target,
+            f"TopK SAE of emoji-sd at {site}",
+            "diffusers_sae",
+            "A sparse autoencoder of the cond branch's activations at every timestep, with statistics of every latent "
+            "(`statistics.safetensors`) and concept scores (`concepts.safetensors`), both for each timestep.",
+            f"on held-out images: FVU {figures['fvu']:.4f}, L0 {figures['l0']:.1f}, "
+            f"dead latents {100 * figures['dead']:.2f} %; for each timestep in `held_out.json`.",
+        )
+        write_checksums(target)
+    accuracy = json.loads((staging / "judge" / "held_out.json").read_text())["accuracy"]
+    card(
+        staging / "judge",
+        "The judge of the demo world",
+        "diffusers_sae",
+        "Names object, style, background, gender and skin tone of 64 x 64 images. It has never seen a generated image.",
+        f"right on held-out real renders: {', '.join(f'{k} {100 * v:.2f} %' for k, v in accuracy.items())}.",
+    )
+    card(
+        staging / "emoji-sd",
+        "emoji-sd",
+        "diffusers",
+        "A Stable Diffusion pipeline in small: 64 x 64 images of emoji-like objects in 8 styles on 8 backgrounds. "
+        "Works with `guidance_scale=4` and 20 steps.",
+        "in `benchmarks/results/demo_quality.json`, made by `diffusers-sae evaluate`.",
+    )
+    card(
+        staging / "emoji-clip",
+        "emoji-clip",
+        "transformers",
+        "A CLIP text tower, which emoji-sd reads its prompts with, and the image tower it was trained with.",
+        "none are claimed.",
+    )
+    for folder in ("emoji-sd", "emoji-clip", "judge", *(f"saes/{site}" for site in SITES)):
+        (staging / folder / "DRAWINGS.md").write_text(drawings())
+    shutil.rmtree(args.out, ignore_errors=True)
+    staging.rename(args.out)
+    size = sum(p.stat().st_size for p in args.out.rglob("*") if p.is_file())
+    print(f"{args.out}: {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
