@@ -7,7 +7,7 @@ activation (attribution patching; Syed et al., 2310.10348) then says how much of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,17 +20,17 @@ from ..sites import LAYOUTS, Site, resolve, tensor_of, with_tensor
 
 def concept_effect(
     pipe: Any,
-    sae: SparseAutoencoder,
-    site: Site,
+    saes: Mapping[str, SparseAutoencoder],
     prompts: Sequence[str],
     neutral: Sequence[str],
     *,
     seed: int = 0,
     **call: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Effect of every latent at every timestep, `(T, n)`, averaged over images, and the timesteps `(T,)`.
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Effect of every latent at every timestep, `{site: (T, n)}`, averaged over images, and the timesteps `(T,)`.
 
     Args:
+        saes: `{site: SAE}`; all sites share the generation and the backward pass.
         prompts, neutral: prompts with the concept, and the same ones without it, in the same order.
         call: goes to the pipeline (`num_inference_steps`, `guidance_scale`, ...); guidance must be on.
 
@@ -39,27 +39,45 @@ def concept_effect(
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
     with _recorded_calls(pipe.unet) as calls:
         pipe(list(prompts), negative_prompt=list(neutral), generator=generators, output_type="latent", **call)
-    effects = [_effect_of_call(pipe.unet, resolve(pipe, site), sae, site, args, kwargs) for args, kwargs in calls]
+    sites = {path: Site(path) for path in saes}
+    modules = {path: resolve(pipe, site) for path, site in sites.items()}
+    effects: dict[str, list[torch.Tensor]] = {path: [] for path in saes}
+    for args, kwargs in calls:
+        for path, (x, gradient) in _gradients(pipe.unet, modules, args, kwargs).items():
+            to_rows = LAYOUTS[sites[path].layout].to_rows
+            effects[path].append(_effect(saes[path], to_rows(x).float(), to_rows(gradient).float()))
     timesteps = torch.tensor([float(args[1] if len(args) > 1 else kwargs["timestep"]) for args, kwargs in calls])
-    return torch.stack(effects), timesteps
+    return {path: torch.stack(steps) for path, steps in effects.items()}, timesteps
 
 
-def _effect_of_call(
-    denoiser: nn.Module, module: nn.Module, sae: SparseAutoencoder, site: Site, args: tuple, kwargs: dict[str, Any]
-) -> torch.Tensor:
-    """Effect `(n,)` in one call of the denoiser on a batch `[neutral, concept]`."""
-    with torch.enable_grad(), _leaf_at(module) as leaves:
+def _gradients(
+    denoiser: nn.Module, modules: Mapping[str, nn.Module], args: tuple, kwargs: dict[str, Any]
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """What each module gives for the concept's half of a batch `[neutral, concept]`, and the gradient there.
+
+    Differentiated is the share of the way from the neutral prediction to the concept's.
+    """
+    with torch.enable_grad(), _tracked(modules) as tensors:
         output = denoiser(*args, **kwargs)
         prediction = output[0] if isinstance(output, tuple) else output.sample
         without, with_concept = prediction.chunk(2)
         towards = (with_concept - without).detach()
         square = towards.square().flatten(1).sum(1).clamp(min=1e-12)  # (images,)
         share = (with_concept * towards).flatten(1).sum(1) / square
-        (gradient,) = torch.autograd.grad(share.sum(), leaves[0])
-    to_rows = LAYOUTS[site.layout].to_rows
-    x, g = (to_rows(t.chunk(2)[1]).float() for t in (leaves[0].detach(), gradient))  # (images, P, d)
+        gradients = torch.autograd.grad(share.sum(), list(tensors.values()))
+    return {
+        path: (x.detach().chunk(2)[1], gradient.chunk(2)[1])
+        for (path, x), gradient in zip(tensors.items(), gradients, strict=True)
+    }
+
+
+def _effect(sae: SparseAutoencoder, x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """Activation times gradient along the decoder row, added up over places: `(n,)`, mean over images.
+
+    `x` and `gradient` are rows `(images, P, d)`.
+    """
     code = sae.encode_sparse(x)  # (images, P, k)
-    along = (g @ sae.W_dec.T).gather(-1, code.indices)
+    along = (gradient @ sae.W_dec.T).gather(-1, code.indices)
     effect = torch.zeros(sae.n_latents).index_add_(0, code.indices.flatten(), (code.values * along).flatten())
     return effect / len(x)
 
@@ -76,16 +94,21 @@ def _recorded_calls(denoiser: nn.Module) -> Iterator[list[tuple[tuple, dict[str,
 
 
 @contextmanager
-def _leaf_at(module: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Make the module's output a leaf that gradients stop at; yields the list that it is put into."""
-    leaves: list[torch.Tensor] = []
+def _tracked(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, torch.Tensor]]:
+    """Collect the modules' outputs as tensors to differentiate by; the graph begins at the first of them."""
+    tensors: dict[str, torch.Tensor] = {}
 
-    def cut(_: nn.Module, __: tuple, output: Any) -> Any:
-        leaves.append(tensor_of(output).detach().requires_grad_())
-        return with_tensor(output, leaves[-1])
+    def track(path: str, output: Any) -> Any:
+        x = tensor_of(output)
+        tensors[path] = x if tensors else x.detach().requires_grad_()
+        return with_tensor(output, tensors[path])
 
-    handle = module.register_forward_hook(cut)
+    handles = [
+        module.register_forward_hook(lambda _, __, output, path=path: track(path, output))
+        for path, module in modules.items()
+    ]
     try:
-        yield leaves
+        yield tensors
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()

@@ -9,14 +9,16 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from loop import keep_freed_memory
+from tqdm import tqdm
 
-from diffusers_sae import Site, TopKSAE
+from diffusers_sae import TopKSAE
 from diffusers_sae.demo.measure_sae import reconstruction
 from diffusers_sae.demo.shipped import CALL, GUIDANCE, SITES, STEPS, load_pipeline
 from diffusers_sae.demo.world import CONCEPT_VALUES, CONCEPTS, sample_captions, sample_scene, scene_with
@@ -43,13 +45,17 @@ def new_sae(width: int, site: str, args: argparse.Namespace) -> TopKSAE:
     return TopKSAE(width, args.latents, args.k, provenance=origin)
 
 
-def effects_on(pipe: Any, sae: SparseAutoencoder, site: str, concept: str, factor: str, images: int) -> torch.Tensor:
-    """`(T, n)`: effect of every latent towards a concept, over scenes that differ in it alone."""
-    rng = random.Random(EFFECT_SEED)
-    scenes = [scene_with(factor, CONCEPT_VALUES[concept], rng) for _ in range(images)]
-    prompts = [s.caption() for s in scenes]
-    neutral = [replace(s, **{factor: None}).caption() for s in scenes]
-    return concept_effect(pipe, sae, Site(site), prompts, neutral, seed=EFFECT_SEED, **CALL)[0]
+def effects(pipe: Any, saes: Mapping[str, SparseAutoencoder], images: int) -> dict[str, torch.Tensor]:
+    """`{site: (C, T, n)}`: effect of every latent towards every concept, over scenes that differ in it alone."""
+    found: dict[str, list[torch.Tensor]] = {site: [] for site in saes}
+    for concept, factor in tqdm(CONCEPTS.items(), desc="effects"):
+        rng = random.Random(EFFECT_SEED)
+        scenes = [scene_with(factor, CONCEPT_VALUES[concept], rng) for _ in range(images)]
+        prompts = [s.caption() for s in scenes]
+        neutral = [replace(s, **{factor: None}).caption() for s in scenes]
+        for site, effect in concept_effect(pipe, saes, prompts, neutral, seed=EFFECT_SEED, **CALL)[0].items():
+            found[site].append(effect)
+    return {site: torch.stack(each) for site, each in found.items()}
 
 
 def main() -> None:
@@ -58,7 +64,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2560)
     parser.add_argument("--held-out", type=int, default=256)
     parser.add_argument("--concept-images", type=int, default=1792)
-    parser.add_argument("--effect-images", type=int, default=16)
+    parser.add_argument("--effect-images", type=int, default=8)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--latents", type=int, default=1024)
     parser.add_argument("--k", type=int, default=16)
@@ -76,10 +82,9 @@ def main() -> None:
     scenes = [sample_scene(rng) for _ in range(args.concept_images)]
     labelled = [(scene.caption(i), scene.concepts()) for i, scene in enumerate(scenes)]
     scores = concept_activity(pipe, saes, labelled, CONCEPTS, batch_size=args.batch, seed=CONCEPT_SEED, **CALL)
+    towards = effects(pipe, saes, args.effect_images)
     for site, sae in saes.items():
-        scores[site].effect = torch.stack(
-            [effects_on(pipe, sae, site, concept, factor, args.effect_images) for concept, factor in CONCEPTS.items()]
-        )
+        scores[site].effect = towards[site]
         save(sae, statistics[site], scores[site], figures[site], args.world / "saes" / site)
 
 

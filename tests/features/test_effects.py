@@ -1,10 +1,8 @@
 """Attribution by gradient against what small ablations really do."""
 
-import pytest
 import torch
 from conftest import SITE, Harness, random_sae
 
-from diffusers_sae import Site
 from diffusers_sae.features.effects import concept_effect
 
 CALL = {"num_inference_steps": 2, "guidance_scale": 3.0, "height": 16, "width": 16}
@@ -21,7 +19,8 @@ def predictions(pipe, **kwargs):
 
 def test_effect_is_the_derivative_of_the_share_by_the_latent():
     harness, sae = Harness("sd"), random_sae()
-    effect, timesteps = concept_effect(harness.pipe, sae, Site(SITE), ["ab"], ["cd"], **CALL)
+    effects, timesteps = concept_effect(harness.pipe, {SITE: sae}, ["ab"], ["cd"], **CALL)
+    effect = effects[SITE]
     assert timesteps.tolist() == harness.pipe.scheduler.timesteps.tolist()
     without, with_concept = predictions(harness.pipe)
     towards = with_concept - without
@@ -41,17 +40,21 @@ def test_effect_is_the_derivative_of_the_share_by_the_latent():
 def test_effects_of_a_batch_are_averaged_and_the_pipeline_is_left_alone():
     harness, sae = Harness("sd"), random_sae()
     bare = harness.run()
-    both, _ = concept_effect(harness.pipe, sae, Site(SITE), ["ab", "ef"], ["cd", "gh"], **CALL)
-    one, _ = concept_effect(harness.pipe, sae, Site(SITE), ["ab"], ["cd"], **CALL)
-    two, _ = concept_effect(harness.pipe, sae, Site(SITE), ["ef"], ["gh"], seed=1, **CALL)
+    saes = {SITE: sae}
+    both = concept_effect(harness.pipe, saes, ["ab", "ef"], ["cd", "gh"], **CALL)[0][SITE]
+    one = concept_effect(harness.pipe, saes, ["ab"], ["cd"], **CALL)[0][SITE]
+    two = concept_effect(harness.pipe, saes, ["ef"], ["gh"], seed=1, **CALL)[0][SITE]
     torch.testing.assert_close(both, (one + two) / 2, atol=1e-5, rtol=1e-3)
     assert torch.equal(bare, harness.run())
     assert not harness.pipe.unet._forward_pre_hooks
     assert all(p.grad is None for p in harness.pipe.unet.parameters())
 
 
-@pytest.mark.parametrize("n", [1])
-def test_shapes(n):
-    harness, sae = Harness("sd"), random_sae()
-    effect, timesteps = concept_effect(harness.pipe, sae, Site(SITE), ["ab"] * n, ["cd"] * n, **CALL)
-    assert effect.shape == (len(timesteps), sae.n_latents)
+def test_sites_measured_together_are_as_measured_alone():
+    harness = Harness("sd")
+    saes = {"unet.mid_block": random_sae(16), SITE: random_sae()}
+    both, timesteps = concept_effect(harness.pipe, saes, ["ab"], ["cd"], **CALL)
+    for site, sae in saes.items():
+        alone, _ = concept_effect(harness.pipe, {site: sae}, ["ab"], ["cd"], **CALL)
+        assert both[site].shape == (len(timesteps), 32)
+        torch.testing.assert_close(both[site], alone[site], atol=1e-6, rtol=1e-4)
