@@ -1,10 +1,10 @@
 """Sparse autoencoders for every Hugging Face diffusers pipeline: find concepts, turn them, measure and share them."""
 
-from .edits import StrengthTable
 from .errors import InputError
 from .pipelines import SAESteeringMixin, SAESteeringPipeline
 from .saes import LatentStatistics, TopKSAE
 from .sites import Site
+from .strengths import StrengthMap, StrengthTable
 
 __all__ = [
     "InputError",
@@ -12,6 +12,7 @@ __all__ = [
     "SAESteeringMixin",
     "SAESteeringPipeline",
     "Site",
+    "StrengthMap",
     "StrengthTable",
     "TopKSAE",
 ]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .context import DenoisingContext
-from .sites import LAYOUTS, Site
+from .sites import LAYOUTS, Site, grid_of
 
 
 @dataclass
@@ -15,10 +15,11 @@ class SiteActivations:
     """What one site held, in the order in which it was seen.
 
     `tensor (N, ...)` has one entry for each denoiser call, branch and image; `timestep (N,)`, `branch` (N names) and
-    `image (N,)` say which. Images count on over calls of the pipeline.
+    `image (N,)` say which. Images count on over calls of the pipeline. `size` is height and width of the last latents.
     """
 
     site: Site
+    size: tuple[int, int] = (1, 1)
     _tensors: list[torch.Tensor] = field(default_factory=list)
     _labels: list[tuple[float, str, int]] = field(default_factory=list)
 
@@ -38,6 +39,11 @@ class SiteActivations:
     def image(self) -> torch.Tensor:
         return torch.tensor([i for _, _, i in self._labels])
 
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Height and width of the places that `rows` has."""
+        return grid_of(self._tensors[-1], self.size)
+
     def select(
         self, branch: str | None = None, timestep: float | None = None, image: int | None = None
     ) -> torch.Tensor:
@@ -53,6 +59,7 @@ class SiteActivations:
     def take(self, x: torch.Tensor, context: DenoisingContext, first_image: int) -> None:
         """Add one call's tensor `(rows, ...)`."""
         self._tensors.append(x.detach().clone())
+        self.size = context.size
         n = context.images
         self._labels += [(context.timestep, context.branches[r // n], first_image + r % n) for r in range(len(x))]
 

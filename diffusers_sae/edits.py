@@ -5,10 +5,8 @@ x' = x + M · s(t) · (dec(z') - dec(z)),   dec(z') - dec(z) = Σ_j (z'_j - z_j)
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +17,7 @@ from .context import BRANCHES, DenoisingContext
 from .errors import InputError
 from .saes import LatentStatistics, SparseAutoencoder
 from .saes.statistics import UNITS
+from .strengths import Grid, Strength, checked_strength, strength_now
 
 
 class Operation(NamedTuple):
@@ -39,21 +38,6 @@ OPERATIONS: dict[str, Operation] = {
     "scale": Operation(lambda z, s: s * z, needs_code=True, identity=1.0),
     "ablate": Operation(lambda z, s: z - s * z, needs_code=True, identity=0.0),
 }
-
-
-@dataclass(frozen=True)
-class StrengthTable:
-    """A strength for each of some timesteps; between them, the nearest one's."""
-
-    timesteps: tuple[float, ...]
-    values: tuple[float, ...]
-
-    def at(self, timestep: float) -> float:
-        return self.values[min(range(len(self.timesteps)), key=lambda i: abs(self.timesteps[i] - timestep))]
-
-
-Strength = Real | Sequence[float] | Callable[[float], float] | StrengthTable
-"""A number, a list with one number an image, a function of progress, or a table over timesteps."""
 
 
 @dataclass(frozen=True)
@@ -81,13 +65,14 @@ class Edit:
         """Whether `start <= progress < stop`; a window that ends at 1 includes it."""
         return self.start <= progress and (progress < self.stop or self.stop == 1)
 
-    def strengths_at(self, context: DenoisingContext, statistics: LatentStatistics | None) -> torch.Tensor | None:
-        """`(1 or images, m)` now, in raw units, or `None` where the edit changes nothing."""
-        columns = [_numbers(s, context) for s in self.strengths]
-        if self.operation.identity is not None and all(v == self.operation.identity for c in columns for v in c):
+    def strengths_at(
+        self, context: DenoisingContext, statistics: LatentStatistics | None, grid: Grid
+    ) -> torch.Tensor | None:
+        """`(1 or images, 1 or P, m)` now, in raw units, or `None` where the edit changes nothing."""
+        columns = [strength_now(s, context, grid) for s in self.strengths]
+        strengths = torch.stack(torch.broadcast_tensors(*columns), -1)
+        if self.operation.identity is not None and bool((strengths == self.operation.identity).all()):
             return None
-        images = max(len(c) for c in columns)
-        strengths = torch.tensor([c * images if len(c) == 1 else c for c in columns]).T  # (images, m)
         if self.unit == "raw" or statistics is None:
             return strengths
         return strengths * statistics.at(context.timestep).scale(self.unit)[list(self.features)]
@@ -104,25 +89,6 @@ class Edit:
                 "make it as high and wide as the image, or smaller in the same ratio."
             )
         return F.interpolate(self.mask, grid, mode="area").flatten(2).transpose(1, 2)
-
-
-def _numbers(strength: Any, context: DenoisingContext) -> list[float]:
-    """A strength now, as one number or one for each image."""
-    if isinstance(strength, StrengthTable):
-        return [strength.at(context.timestep)]
-    if callable(strength):
-        value = float(strength(context.progress))
-        if not math.isfinite(value):
-            raise InputError(f"A strength is {value} at progress {context.progress:.3f}; return a finite number.")
-        return [value]
-    if isinstance(strength, Sequence):
-        if len(strength) != context.images:
-            raise InputError(
-                f"A strength has {len(strength)} numbers and the batch {context.images} images; "
-                "pass one number, or one for each image."
-            )
-        return list(strength)
-    return [strength]
 
 
 def make_edit(
@@ -156,7 +122,7 @@ def make_edit(
         raise InputError(f"unit={unit!r} needs the SAE's statistics, and none lie beside it; use unit='raw'.")
     return Edit(
         tuple(_checked_feature(f, sae) for f in features),
-        tuple(_checked_strength(f, s) for f, s in features.items()),
+        tuple(checked_strength(f, s) for f, s in features.items()),
         mode,
         float(start),
         float(stop),
@@ -172,26 +138,6 @@ def _checked_feature(feature: Any, sae: SparseAutoencoder) -> int:
     if not 0 <= feature < sae.n_latents:
         raise InputError(f"Feature {feature} is out of range; this SAE has the features 0 to {sae.n_latents - 1}.")
     return int(feature)
-
-
-def _checked_strength(feature: int, strength: Any) -> Any:
-    if callable(strength):
-        return strength
-    if isinstance(strength, StrengthTable):
-        numbers: Sequence[Any] = strength.values
-    elif isinstance(strength, Real):
-        numbers = [strength]
-    else:
-        try:
-            numbers = strength = [float(v) for v in strength]
-        except (TypeError, ValueError):
-            raise InputError(
-                f"The strength {strength!r} of feature {feature} is not a number, a list of numbers (one an image), "
-                "a function of progress or a StrengthTable; pass one of those."
-            ) from None
-    if not numbers or not all(math.isfinite(v) for v in numbers):
-        raise InputError(f"The strength of feature {feature} is {strength}; every number in it must be finite.")
-    return float(strength) if isinstance(strength, Real) else strength
 
 
 def as_mask(mask: Any) -> torch.Tensor:
@@ -216,11 +162,11 @@ def as_mask(mask: Any) -> torch.Tensor:
 
 
 def code_change(edit: Edit, sae: SparseAutoencoder, x: torch.Tensor, strengths: torch.Tensor) -> torch.Tensor:
-    """`z' - z` of the edited latents for rows `x (B, P, d)`: `(B, P, m)`, or `(B, 1, m)` if it is the same everywhere.
+    """`z' - z` of the edited latents for rows `x (B, P, d)`, in a shape that broadcasts to `(B, P, m)`.
 
-    `strengths` is `(1 or B, m)`.
+    `strengths` is `(1 or B, 1 or P, m)`.
     """
-    strengths = strengths[:, None].to(x.device)  # (B, 1, m)
+    strengths = strengths.to(x.device)
     if not edit.operation.needs_code:
         return strengths
     z = sae.encode_only(x, torch.tensor(edit.features, device=x.device))

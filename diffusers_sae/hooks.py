@@ -15,6 +15,7 @@ from .edits import Edit, code_change
 from .errors import InputError
 from .saes import LatentStatistics, SparseAutoencoder
 from .sites import LAYOUTS, Site, grid_of, input_of, tensor_of, with_tensor
+from .strengths import Grid
 
 
 @dataclass
@@ -28,9 +29,7 @@ class LoadedSAE:
     enabled: bool = True
     edits: list[Edit] = field(default_factory=list)
 
-    def change(
-        self, x: torch.Tensor, branch: str, context: DenoisingContext, grid: Callable[[], tuple[int, int]]
-    ) -> torch.Tensor | None:
+    def change(self, x: torch.Tensor, branch: str, context: DenoisingContext, grid: Grid) -> torch.Tensor | None:
         """`M · s(t) · (dec(z') - dec(z))` of all edits for the rows of one branch, or `None` where nothing changes.
 
         `x` is `(images, P, d)` in fp32; the result broadcasts to it. `grid` gives height and width of the P places.
@@ -44,11 +43,11 @@ class LoadedSAE:
         x: torch.Tensor,
         branch: str,
         context: DenoisingContext,
-        grid: Callable[[], tuple[int, int]],
+        grid: Grid,
     ) -> torch.Tensor | None:
         if not edit.acts_on(branch) or not edit.in_window(context.progress):
             return None
-        strengths = edit.strengths_at(context, self.statistics)
+        strengths = edit.strengths_at(context, self.statistics, grid)
         if strengths is None:
             return None
         delta = code_change(edit, self.sae, x, strengths) @ self.sae.W_dec[list(edit.features)]

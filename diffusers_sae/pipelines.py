@@ -15,13 +15,14 @@ from diffusers import DiffusionPipeline
 
 from .activations import Activations, SiteActivations
 from .context import check_supported
-from .edits import Strength, make_edit
+from .edits import make_edit
 from .errors import InputError
 from .hooks import CaptureHook, LoadedSAE
 from .loaders import Source, load_source
 from .saes import SparseAutoencoder
 from .sites import Site, resolve, width_of
 from .state import SteeringState
+from .strengths import Strength
 
 
 class SAESteeringMixin:
@@ -106,7 +107,7 @@ class SAESteeringMixin:
 
         Args:
             features: `{feature: strength}`. A strength is a number, a list with one number an image of the batch, a
-                function of progress, or a `StrengthTable` over timesteps.
+                function of progress, a `StrengthTable` over timesteps, or a `StrengthMap` over timesteps and places.
             adapter_name: which SAE's features; may be left out if only one is loaded.
             mode: `add` (z + s), `set` (s), `scale` (s z) or `ablate` (z - s z).
             start, stop: progress between which it acts; 0 is pure noise, 1 the finished image.

@@ -6,9 +6,13 @@ import torch
 from conftest import SITE, random_sae
 from PIL import Image
 
-from diffusers_sae import InputError, LatentStatistics, StrengthTable
+from diffusers_sae import InputError, LatentStatistics, StrengthMap, StrengthTable
 from diffusers_sae.context import DenoisingContext
 from diffusers_sae.edits import OPERATIONS, as_mask, make_edit
+
+
+def no_grid():
+    pytest.fail("the grid matters to maps alone")
 
 
 def reference(sae, x, features, strengths, mode, mask=1.0):
@@ -60,15 +64,43 @@ def test_units_multiply_by_the_statistics_of_the_nearest_timestep(sae):
     context = DenoisingContext(timestep=300.0, progress=0.7)
     for unit, expected in (("raw", 1.5), ("mean", 1.5 * 12), ("max", 1.5 * 11)):
         edit = make_edit({4: 1.5}, sae, unit=unit, statistics=statistics)
-        assert edit.strengths_at(context, statistics).item() == pytest.approx(expected)
+        assert edit.strengths_at(context, statistics, no_grid).item() == pytest.approx(expected)
 
 
 def test_strength_kinds(sae):
     table = StrengthTable((900.0, 100.0), (1.0, 5.0))
     edit = make_edit({0: 2, 1: [3.0, 4.0], 2: lambda p: 10 * p, 3: table}, sae)
     context = DenoisingContext(timestep=200.0, progress=0.8, rows=4, branches=("uncond", "cond"))
-    expected = torch.tensor([[2.0, 3.0, 8.0, 5.0], [2.0, 4.0, 8.0, 5.0]])
-    torch.testing.assert_close(edit.strengths_at(context, None), expected)
+    expected = torch.tensor([[[2.0, 3.0, 8.0, 5.0]], [[2.0, 4.0, 8.0, 5.0]]])
+    torch.testing.assert_close(edit.strengths_at(context, None, no_grid), expected)
+
+
+def test_a_map_gives_every_place_its_strength(sae):
+    values = torch.tensor([[[1.0, 2.0], [3.0, 4.0]], [[5.0, 6.0], [7.0, 8.0]]])
+    edit = make_edit({0: 0.5, 1: StrengthMap((900.0, 100.0), values)}, sae)
+    context = DenoisingContext(timestep=200.0, progress=0.8)
+    expected = torch.stack([torch.full((4,), 0.5), torch.tensor([5.0, 6.0, 7.0, 8.0])], -1)[None]
+    torch.testing.assert_close(edit.strengths_at(context, None, lambda: (2, 2)), expected)
+    wide = edit.strengths_at(context, None, lambda: (4, 4))[0, :, 1].view(4, 4)
+    assert wide[0, 0] == 5 and wide[3, 3] == 8
+    torch.testing.assert_close(wide.mean(), values[1].mean())
+
+
+def test_a_map_edits_places_of_the_image(sd, sae):
+    """A map does what masks of single places do, each with its strength."""
+    sd.pipe.load_sae(sae, adapter_name="one")
+    bare = sd.run()
+    values = torch.zeros(1, 8, 8)
+    values[0, 1, 2], values[0, 6, 5] = 4.0, -9.0
+    sd.pipe.steer({3: StrengthMap((500.0,), values)})
+    mapped = sd.run()
+    sd.pipe.reset_steering()
+    for strength, (row, column) in ((4.0, (1, 2)), (-9.0, (6, 5))):
+        mask = torch.zeros(8, 8)
+        mask[row, column] = 1
+        sd.pipe.steer({3: strength}, mask=mask)
+    torch.testing.assert_close(mapped, sd.run(), atol=1e-5, rtol=1e-4)
+    assert not torch.equal(mapped, bare)
 
 
 @pytest.mark.parametrize(
@@ -103,6 +135,8 @@ def test_masks_of_every_kind(mask):
         ({"features": {3: "strong"}}, "is not a number"),
         ({"features": {3: None}}, "is not a number"),
         ({"features": {3: StrengthTable((1.0,), (float("nan"),))}}, "must be finite"),
+        ({"features": {3: StrengthMap((1.0,), torch.full((1, 2, 2), float("inf")))}}, "must be finite"),
+        ({"features": {3: StrengthMap((1.0, 2.0), torch.zeros(1, 2, 2))}}, "must be (timesteps, height, width)"),
         ({"mode": "boost"}, "'boost' is not a mode; choose one of add, set, scale, ablate."),
         ({"branch": "neg"}, "'neg' is not a branch"),
         ({"unit": "percent"}, "'percent' is not a unit"),

@@ -7,10 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..evaluation.baselines import load_with_error_term
 from ..evaluation.unlearning import Outcome
 from ..features.concepts import ConceptScores
-from ..saes import SparseAutoencoder
 from .judge import Judge
 from .shipped import SITES, generate, look
 from .world import CONCEPTS, Scene, grid
@@ -45,18 +43,16 @@ REMOVAL = {"style": Removal(), "object": Removal()}
 """The chosen point of each domain."""
 
 
-def steer_away(
-    pipe: Any,
-    saes: Mapping[str, SparseAutoencoder],
-    scores: Mapping[str, ConceptScores],
-    concept: str,
-    how: Removal,
-) -> None:
-    """Load the SAEs of the sites as the error term asks for, and add the edits that remove the concept."""
-    for site in how.sites:
-        percentile = how.percentile(saes[site].n_latents)
-        load_with_error_term(pipe, saes[site], site, site, how.error_term)
-        pipe.steer(scores[site].away(concept, how.strength, percentile, how.by), adapter_name=site, mode="scale")
+def edits_away(scores: Mapping[str, ConceptScores], concept: str, how: Removal) -> list[dict[str, Any]]:
+    """Arguments of `steer`, one dict for each site; the SAEs are loaded under the sites' names."""
+    return [
+        {
+            "features": scores[site].away(concept, how.strength, how.percentile(scores[site].n_latents), how.by),
+            "adapter_name": site,
+            "mode": "scale",
+        }
+        for site in how.sites
+    ]
 
 
 def cells_of(target: str, images: int) -> list[tuple[int, Scene]]:

@@ -10,15 +10,16 @@ from typing import Any, NamedTuple
 from ..evaluation.shares import Share
 from ..features.concepts import ConceptScores
 from .judge import Judge
-from .shipped import Seen, generate, look
+from .shipped import SITES, Seen, generate, look
 from .world import CONCEPT_VALUES, CONCEPTS, FACTORS, Scene, scene_with
 
 SEED = 50_000_000
 
 
 class Towards(NamedTuple):
-    """How images are moved towards a concept: the arguments of `ConceptScores.towards`, and a window of progress."""
+    """How images are moved towards a concept: where, the arguments of `ConceptScores.towards`, a window of progress."""
 
+    sites: tuple[str, ...] = SITES[1:]
     strength: float = 1.0
     percentile: float = 95.0
     start: float = 0.0
@@ -42,11 +43,19 @@ def judged(pipe: Any, judge: Judge, scenes: Sequence[Scene]) -> list[Seen]:
     return look(judge, list(generate(pipe, [s.caption() for s in scenes], range(SEED, SEED + len(scenes)))))
 
 
-def steer_towards(pipe: Any, scores: Mapping[str, ConceptScores], concept: str, how: Towards) -> None:
-    """Add the edits to the plan, at every site of `scores` (whose SAEs are loaded under the sites' names)."""
-    for site, at_site in scores.items():
-        features = at_site.towards(concept, how.strength, how.percentile)
-        pipe.steer(features, adapter_name=site, start=how.start, stop=how.stop)
+def edits_towards(
+    scores: Mapping[str, ConceptScores], concept: str, how: Towards, instead_of: str | None = None
+) -> list[dict[str, Any]]:
+    """Arguments of `steer`, one dict for each site; the SAEs are loaded under the sites' names."""
+    return [
+        {
+            "features": scores[site].towards(concept, how.strength, how.percentile, instead_of),
+            "adapter_name": site,
+            "start": how.start,
+            "stop": how.stop,
+        }
+        for site in how.sites
+    ]
 
 
 def steering_figures(

@@ -11,19 +11,20 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ..evaluation.baselines import load_with_error_term
 from ..evaluation.ledger import Ledger
 from ..evaluation.unlearning import Outcome, UnlearningAccuracy, unlearning_accuracy
 from ..saes import TopKSAE
 from ..saes.checksums import sha256
 from . import measure_model, measure_sae, measure_steering
-from .measure_removal import REMOVAL, Removal, cells_of, outcomes, steer_away
+from .measure_removal import REMOVAL, Removal, cells_of, edits_away, outcomes
 from .shipped import MODELS, SITES, load_judge, load_pipeline, load_scores
 from .world import CONCEPTS, FACTORS, Scene, grid
 
 VARIATIONS: dict[str, tuple[Any, ...]] = {
     "strength": (0.5, 0.0, -0.5, -1.0, -2.0, -4.0),
     "latents": (1, 2, 4, 8, 16, 32),
-    "sites": (SITES, SITES[:1], SITES[1:]),
+    "sites": (SITES, SITES[:1], SITES[1:], SITES[:2]),
     "by": ("activity", "effect"),
     "error_term": ("kept", "dropped", "wrong_sign"),
 }
@@ -81,7 +82,8 @@ class Quality:
 
             bare = self._ledger.get(f"bare {factor} {images}", seen)
             with self._loaded():
-                measure_steering.steer_towards(self._pipe, self._scores, concept, how[factor])
+                for edit in measure_steering.edits_towards(self._scores, concept, how[factor]):
+                    self._pipe.steer(**edit)
                 steered = self._ledger.get(f"towards {concept} {images} {how[factor]}", seen)
             figures[concept] = measure_steering.steering_figures(concept, scenes, bare, steered)
         return {"how": {factor: how[factor]._asdict() for factor in FACTORS}, "concepts": figures}
@@ -129,7 +131,10 @@ class Quality:
     def _removal_of(self, target: str, how: Removal, cells: Cells) -> UnlearningAccuracy:
         def measure() -> list[tuple]:
             try:
-                steer_away(self._pipe, self._saes, self._scores, target, how)
+                for site in how.sites:
+                    load_with_error_term(self._pipe, self._saes[site], site, site, how.error_term)
+                for edit in edits_away(self._scores, target, how):
+                    self._pipe.steer(**edit)
                 return self._outcomes(cells)
             finally:
                 self._pipe.unload_sae()

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from ..edits import StrengthTable
 from ..features.concepts import ConceptScores
+from ..strengths import StrengthMap, StrengthTable
 from .judge import Judge
-from .measure_removal import REMOVAL
-from .measure_steering import TOWARDS
+from .measure_removal import REMOVAL, edits_away
+from .measure_steering import TOWARDS, edits_towards
 from .pictures import Row
 from .shipped import SITES, generate, look
 
@@ -37,31 +37,6 @@ class Story(NamedTuple):
     panels: Sequence[Panel]
 
 
-def towards(scores: Mapping[str, ConceptScores], concept: str, factor: str, **kwargs: Any) -> Edits:
-    how = TOWARDS[factor]
-    source = kwargs.pop("instead_of", None)
-    return [
-        {
-            "features": at_site.towards(concept, how.strength, how.percentile, source),
-            "adapter_name": site,
-            **{"start": how.start, "stop": how.stop, **kwargs},
-        }
-        for site, at_site in scores.items()
-    ]
-
-
-def away(scores: Mapping[str, ConceptScores], concept: str, factor: str) -> Edits:
-    how = REMOVAL[factor]
-    return [
-        {
-            "features": scores[site].away(concept, how.strength, how.percentile(scores[site].n_latents), how.by),
-            "adapter_name": site,
-            "mode": "scale",
-        }
-        for site in how.sites
-    ]
-
-
 def stories(scores: Mapping[str, ConceptScores]) -> list[Story]:
     """The rows of the demo."""
     return [_style(scores), _background(scores), _removal(scores), _sweep(scores), _windows(scores)]
@@ -81,7 +56,12 @@ def _style(scores: Mapping[str, ConceptScores]) -> Story:
              ("a fox on a blue background", 3, "ink")]  # fmt: skip
     return Story(
         "A style is added: the prompt names none, the edit does",
-        _pairs([(prompt, seed, f"+ {style}", towards(scores, style, "style")) for prompt, seed, style in cases]),
+        _pairs(
+            [
+                (prompt, seed, f"+ {style}", edits_towards(scores, style, TOWARDS["style"]))
+                for prompt, seed, style in cases
+            ]
+        ),
     )
 
 
@@ -96,7 +76,7 @@ def _background(scores: Mapping[str, ConceptScores]) -> Story:
                     f"{thing} on a {old} background",
                     seed,
                     f"{old} → {new}",
-                    towards(scores, f"{new} background", "background", instead_of=f"{old} background"),
+                    edits_towards(scores, f"{new} background", TOWARDS["background"], f"{old} background"),
                 )
                 for thing, seed, old, new in cases
             ]
@@ -105,7 +85,7 @@ def _background(scores: Mapping[str, ConceptScores]) -> Story:
 
 
 def _removal(scores: Mapping[str, ConceptScores]) -> Story:
-    edits = away(scores, "panda", "object")
+    edits = edits_away(scores, "panda", REMOVAL["object"])
     prompts = ("a 3d render of a panda", "a cartoon of a panda", "a 3d render of a hamburger")
     return Story(
         "An object is removed: no panda where one is asked for, and all else as it was",
@@ -136,7 +116,7 @@ def _windows(scores: Mapping[str, ConceptScores]) -> Story:
     prompt = "a 3d render of a cat on a white background"
 
     def edits(start: float, stop: float) -> Edits:
-        return towards(scores, "sepia", "style", instead_of="3d", start=start, stop=stop)
+        return edits_towards(scores, "sepia", TOWARDS["style"]._replace(start=start, stop=stop), "3d")
 
     return Story(
         "One edit, towards sepia, on early steps only and on late steps only",
@@ -190,5 +170,6 @@ def _told(edit: Mapping[str, Any]) -> dict[str, Any]:
     return {**edit, "features": features}
 
 
-def _largest(table: StrengthTable) -> float:
-    return max(table.values, key=lambda v: abs(v))
+def _largest(strength: StrengthTable | StrengthMap) -> float:
+    values = strength.values if isinstance(strength, StrengthTable) else strength.values.flatten().tolist()
+    return max(values, key=lambda v: abs(v))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ from ..context import DenoisingContext
 from ..hooks import LoadedSAE
 from ..saes import SparseAutoencoder
 from ..sites import Site, resolve
+from ..strengths import Grid
 
 ERROR_TERMS = {"kept": 1.0, "dropped": 0.0, "wrong_sign": -1.0}
 """Weight w of the reconstruction error in `x' = dec(z') + w (x - x̂)`.
@@ -27,9 +27,7 @@ class WithErrorTerm(LoadedSAE):
 
     weight: float = 1.0
 
-    def change(
-        self, x: torch.Tensor, branch: str, context: DenoisingContext, grid: Callable[[], tuple[int, int]]
-    ) -> torch.Tensor | None:
+    def change(self, x: torch.Tensor, branch: str, context: DenoisingContext, grid: Grid) -> torch.Tensor | None:
         delta = super().change(x, branch, context, grid)
         if not any(edit.acts_on(branch) for edit in self.edits):
             return delta

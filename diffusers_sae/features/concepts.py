@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from ..capture import stream_activations
-from ..edits import StrengthTable
 from ..errors import InputError
 from ..saes import SparseAutoencoder
+from ..strengths import StrengthMap, StrengthTable
 
 FILE = "concepts.safetensors"
 
@@ -42,6 +42,8 @@ def concept_activity(
     """
     names = tuple(groups)
     sums: dict[str, torch.Tensor] = {}
+    places: dict[str, torch.Tensor] = {}
+    grids: dict[str, tuple[int, int]] = {}
     counts = torch.zeros(len(names), 1, 1)
     stream = stream_activations(
         pipe, list(saes), [prompt for prompt, _ in labelled], batch_size=batch_size, seed=seed, **call
@@ -52,14 +54,29 @@ def concept_activity(
         counts += member.sum(0)[:, None, None]
         for site, sae in saes.items():
             rows, timesteps = batch.rows(site, branch)
-            mean = torch.stack([sae.encode(step).mean(1) for step in rows])  # (T, images, n)
-            part = torch.einsum("ic,tin->ctn", member, mean)
-            sums[site] = sums[site] + part if site in sums else part
+            grids[site] = batch.sites[site].grid
+            at_places = torch.zeros(*rows.shape[1:3], sae.n_latents)  # (images, P, n)
+            means = []
+            for step in rows:
+                code = sae.encode(step)
+                at_places += code
+                means.append(code.mean(1))
+            sums[site] = sums.get(site, 0) + torch.einsum("ic,tin->ctn", member, torch.stack(means))
+            places[site] = places.get(site, 0) + torch.einsum("ic,ipn->cpn", member, at_places)
     unseen = [name for name, count in zip(names, counts.flatten().tolist(), strict=True) if count == 0]
     if unseen:
         raise InputError(f"No prompt shows {', '.join(unseen)}; add some, or leave those concepts out.")
     kinds = tuple(groups.values())
-    return {site: ConceptScores(names, kinds, timesteps, total / counts) for site, total in sums.items()}
+    return {
+        site: ConceptScores(names, kinds, timesteps, total / counts, _relative(places[site]), grids[site])
+        for site, total in sums.items()
+    }
+
+
+def _relative(places: torch.Tensor) -> torch.Tensor:
+    """Sums by place `(C, P, n)` in multiples of their mean over places; 1 where there is none."""
+    mean = places.mean(1, keepdim=True)
+    return torch.where(mean > 0, places / mean.clamp(min=1e-12), torch.ones(()))
 
 
 @dataclass
@@ -71,6 +88,8 @@ class ConceptScores:
         groups: what each is a value of, such as `style`; a concept is told apart from the others of its group.
         timesteps: `(T,)`, from noise to image.
         activity: `(C, T, n)`, mean activation on images of the concept, over places and images.
+        places: `(C, P, n)`, mean activation at each place, over images and timesteps, in multiples of the mean place.
+        grid: height and width of the P places.
         effect: `(C, T, n)`, how far the latents' activity moves the denoiser towards the concept, where measured.
     """
 
@@ -78,6 +97,8 @@ class ConceptScores:
     groups: tuple[str, ...]
     timesteps: torch.Tensor
     activity: torch.Tensor
+    places: torch.Tensor
+    grid: tuple[int, int]
     effect: torch.Tensor | None = None
 
     @property
@@ -118,17 +139,27 @@ class ConceptScores:
 
     def towards(
         self, concept: str, strength: float = 1.0, percentile: float = 95.0, instead_of: str | None = None
-    ) -> dict[int, StrengthTable]:
+    ) -> dict[int, StrengthMap]:
         """Strengths for `steer(..., mode="add")` that move an image towards the concept.
 
-        Every chosen latent is raised, or lowered, by what images of the concept have more of it than images of the
-        others of its group, or than those of `instead_of`; times `strength`. Chosen are the latents of each timestep
-        in which they differ most.
+        Every chosen latent is raised, or lowered, by what images of the concept have more of it at each place than
+        images of the others of its group, or than those of `instead_of`; times `strength`. Chosen are the latents of
+        each timestep in which they differ most.
         """
         rivals = self.others(concept) if instead_of is None else [self.index(instead_of)]
-        difference = self.activity[self.index(concept)] - self.activity[rivals].mean(0)  # (T, n)
-        chosen = _top(difference.abs(), percentile)
-        return self.tables(chosen, strength * difference, otherwise=0.0)
+        difference = self.activity_by_place(concept)  # (T, P, n)
+        for rival in rivals:
+            difference -= self.activity_by_place(self.concepts[rival]) / len(rivals)
+        chosen = _top(difference.abs().mean(1), percentile)
+        strengths = strength * difference * chosen[:, None]
+        steps = tuple(self.timesteps.tolist())
+        features = chosen.any(0).nonzero().flatten().tolist()
+        return {j: StrengthMap(steps, strengths[..., j].unflatten(1, self.grid).contiguous()) for j in features}
+
+    def activity_by_place(self, concept: str) -> torch.Tensor:
+        """Mean activation on images of the concept, `(T, P, n)`, as a product of timestep and place."""
+        c = self.index(concept)
+        return self.activity[c][:, None] * self.places[c]
 
     def away(
         self, concept: str, strength: float = -1.0, percentile: float = 99.0, by: str = "activity"
@@ -150,9 +181,10 @@ class ConceptScores:
     def save(self, folder: Path) -> None:
         """Write `concepts.safetensors` into an SAE's folder."""
         tensors = {"timesteps": self.timesteps, "activity": self.activity.half()}
+        tensors["places"] = self.places.to(torch.float8_e4m3fn)  # of 0 to P, to 6 %
         if self.effect is not None:
             tensors["effect"] = self.effect.half()
-        names = {"concepts": json.dumps(self.concepts), "groups": json.dumps(self.groups)}
+        names = {key: json.dumps(getattr(self, key)) for key in ("concepts", "groups", "grid")}
         save_file({k: v.contiguous() for k, v in tensors.items()}, folder / FILE, metadata=names)
 
     @classmethod
@@ -163,7 +195,8 @@ class ConceptScores:
             with safe_open(path, "pt") as file:
                 names = file.metadata()
                 tensors = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
-            return cls(tuple(json.loads(names["concepts"])), tuple(json.loads(names["groups"])), **tensors)
+            texts = {key: tuple(json.loads(names[key])) for key in ("concepts", "groups", "grid")}
+            return cls(**{**texts, **tensors})  # type: ignore[arg-type]
         except (OSError, SafetensorError, KeyError, TypeError) as error:
             raise InputError(
                 f"{path} cannot be read as concept scores ({error}); compute or fetch them again."

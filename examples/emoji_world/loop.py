@@ -122,8 +122,6 @@ def fit(
             if not math.isfinite(smooth["loss"]):
                 raise FloatingPointError(f"{name}: the loss is not finite at step {step}; the last checkpoint is kept.")
             bar.set_postfix({k: f"{v:.4f}" for k, v in smooth.items()})
-            with log.open("a") as file:
-                file.write(json.dumps({"step": step + 1, "seconds": round(time.time() - start), **smooth}) + "\n")
             ema.store(params)
             ema.copy_to(params)
             if sheet is not None:
@@ -142,6 +140,8 @@ def fit(
                 partial,
             )
             partial.rename(checkpoint)
+            with log.open("a") as file:
+                file.write(json.dumps({"step": step + 1, "seconds": round(time.time() - start), **smooth}) + "\n")
     ema.copy_to(params)
     model.eval()
 

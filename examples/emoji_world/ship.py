@@ -39,7 +39,7 @@ library_name: {library}
 
 {what}
 
-**Made from** the drawings listed in [`DRAWINGS.md`](DRAWINGS.md), composed into 64 x 64 scenes by
+**Made from** the drawings listed in `models/DRAWINGS.md` of the package, composed into 64 x 64 scenes by
 `examples/emoji_world/canvas.py`. No other data, no pretrained weights.
 
 **Made by** these commands, in this order (trained on 2 CPU cores in fp32, stored in fp16):
@@ -51,6 +51,21 @@ library_name: {library}
 **Figures** {figures}
 
 **Licence** of the weights: Apache-2.0, as the code. The drawings keep their own.
+"""
+
+MIT = """\
+Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated
+documentation files (the "Software"), to deal in the Software without restriction, including without limitation the
+rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to permit
+persons to whom the Software is furnished to do so, subject to the following conditions:
+
+The above copyright notice and this permission notice shall be included in all copies or substantial portions of the
+Software.
+
+THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE
+WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR
+COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR
+OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
 """
 
 
@@ -65,13 +80,18 @@ def drawings() -> str:
         [
             "# Drawings",
             "",
-            "The models were trained on images composed from these packages of the npm registry.",
-            "The drawings are not part of this package; their licence texts are.",
+            "The models were trained on images composed from these packages of the npm registry. The drawings",
+            "themselves are not part of this package. Licences: Apache-2.0 in `LICENSE-APACHE-2.0.txt`, MIT below.",
             "",
             "| package | version | licence | authors |",
             "|---|---|---|---|",
             *rows,
             "",
+            "## MIT License",
+            "",
+            "Copyright (c) Microsoft Corporation (Fluent Emoji). Copyright (c) 2023 LobeHub (the 3D bitmaps' package).",
+            "",
+            MIT,
         ]
     )
 
@@ -132,8 +152,8 @@ def main() -> None:
         "A CLIP text tower, which emoji-sd reads its prompts with, and the image tower it was trained with.",
         "none are claimed.",
     )
-    for folder in ("emoji-sd", "emoji-clip", "judge", *(f"saes/{site}" for site in SITES)):
-        (staging / folder / "DRAWINGS.md").write_text(drawings())
+    (staging / "DRAWINGS.md").write_text(drawings())
+    shutil.copy(Path(__file__).parents[2] / "LICENSE", staging / "LICENSE-APACHE-2.0.txt")
     shutil.rmtree(args.out, ignore_errors=True)
     staging.rename(args.out)
     size = sum(p.stat().st_size for p in args.out.rglob("*") if p.is_file())

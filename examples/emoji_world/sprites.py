@@ -1,6 +1,6 @@
 """Drawings from the npm registry, rasterised to sprites: `python sprites.py --out outputs/emoji_world`.
 
-Writes `sprites.npz` (96 x 96 RGBA, one array a drawing) and `LICENSES.md`. Packages are fetched as tarballs,
+Writes `sprites.npz` (96 x 96 RGBA, one array a drawing). Packages are fetched as tarballs,
 checked against the registry's own SHA-512, and read without unpacking. Nothing of them is executed.
 """
 
@@ -170,8 +170,6 @@ def main() -> None:
     args = parser.parse_args()
     sprites = build(args.out / "npm")
     np.savez_compressed(args.out / "sprites.npz", **sprites)
-    lines = [f"- `{p.name}` {p.version}: {p.licence} ({p.authors})" for p in PACKAGES.values()]
-    (args.out / "LICENSES.md").write_text("# Drawings\n\n" + "\n".join(lines) + "\n")
     print(f"{len(sprites)} sprites in {args.out / 'sprites.npz'}")
 
 

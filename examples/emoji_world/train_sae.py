@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--effect-images", type=int, default=8)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--latents", type=int, default=1024)
-    parser.add_argument("--k", type=int, default=16)
+    parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--reuse", type=float, default=2.0)
     args = parser.parse_args()
     keep_freed_memory()

@@ -63,7 +63,7 @@ def cache_latents(path: Path, canvas: Canvas, vae: AutoencoderKL, count: int, de
 
 
 def main() -> None:
-    parser = arguments(__doc__, steps=15000, batch=64, lr=5e-4)
+    parser = arguments(__doc__, steps=2800, batch=64, lr=5e-4)
     parser.add_argument("--scenes", type=int, default=98304)
     args = parser.parse_args()
     folder = args.world / "emoji-sd"

@@ -16,6 +16,8 @@ def scores():
         ("style", "style", "style", "object", "object"),
         torch.tensor([900.0, 100.0]),
         activity,
+        2 * torch.rand(5, 6, 200, generator=torch.Generator().manual_seed(1)),
+        (2, 3),
         torch.randn(5, 2, 200),
     )
 
@@ -52,16 +54,16 @@ def test_tables_hold_the_values_where_chosen(scores):
 
 
 def test_towards_adds_what_the_concept_has_more_of(scores):
-    a = scores.activity.double()
-    for instead_of, rival in ((None, a[[0, 2]].mean(0)), ("flat", a[2])):
-        difference = a[1] - rival
+    at = scores.activity.double()[:, :, None] * scores.places.double()[:, None]  # (C, T, P, n)
+    for instead_of, rival in ((None, at[[0, 2]].mean(0)), ("flat", at[2])):
+        difference = at[1] - rival  # (T, P, n)
         plan = scores.towards("sepia", 3.0, percentile=90, instead_of=instead_of)
         for t, step in enumerate((900.0, 100.0)):
-            largest = difference[t].abs().topk(20).indices.tolist()
-            given = {j: table.at(step) for j, table in plan.items() if table.at(step) != 0}
-            assert sorted(given) == sorted(largest)
+            largest = difference[t].abs().mean(0).topk(20).indices.tolist()
+            given = {j: strength.at(step, (2, 3)) for j, strength in plan.items()}
+            assert sorted(j for j, strength in given.items() if strength.any()) == sorted(largest)
             for j in largest:
-                assert given[j] == pytest.approx(3 * difference[t, j].item(), rel=1e-5)
+                torch.testing.assert_close(given[j], (3 * difference[t, :, j]).float(), atol=1e-5, rtol=1e-4)
 
 
 def test_away_scales_the_chosen_latents_and_leaves_the_others(scores):
@@ -78,6 +80,8 @@ def test_saved_and_loaded(scores, tmp_path):
     again = ConceptScores.load(tmp_path)
     assert again.concepts == scores.concepts and again.groups == scores.groups
     torch.testing.assert_close(again.activity, scores.activity, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(again.places, scores.places, atol=0.01, rtol=0.07)
+    assert again.grid == scores.grid
     torch.testing.assert_close(again.effect, scores.effect, atol=1e-3, rtol=1e-3)
 
 
@@ -109,16 +113,22 @@ def test_activity_is_the_mean_code_over_images_and_places(sd):
     call = {"num_inference_steps": 2, "guidance_scale": 5.0, "height": 16, "width": 16}
     result = concept_activity(sd.pipe, saes, labelled, groups, batch_size=2, **call)
     for site, sae in saes.items():
-        codes = []
+        codes, places = [], []
         for i, (prompt, _) in enumerate(labelled):
             with sd.pipe.capture([site]) as activations:
                 sd.run(prompt=prompt, generator=torch.Generator().manual_seed(i), num_inference_steps=2)
-            codes.append(sae.encode(activations[site].rows("cond")).mean(1))
+            code = sae.encode(activations[site].rows("cond"))  # (T, P, n)
+            codes.append(code.mean(1))
+            places.append(code.sum(0))
         expected = {"x": (codes[0] + codes[2]) / 2, "y": codes[1], "p": (codes[0] + codes[1]) / 2, "q": codes[2]}
         for name, value in expected.items():
             torch.testing.assert_close(
                 result[site].activity[result[site].index(name)], value, atol=1e-5, rtol=1e-4, msg=name
             )
+        by_place = places[0] + places[2]  # of x
+        wanted = torch.where(by_place.sum(0) > 0, by_place / by_place.mean(0).clamp(min=1e-12), torch.ones(()))
+        torch.testing.assert_close(result[site].places[0], wanted, atol=1e-4, rtol=1e-3)
+    assert result[SITE].grid == (8, 8) and result["unet.mid_block"].grid == (4, 4)
     assert result[SITE].others("x") == [1]
     with pytest.raises(InputError, match="No prompt shows z"):
         concept_activity(sd.pipe, saes, labelled, {**groups, "z": "one"}, **call)
