@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-PARTS = ("model", "sae", "steering", "curves", "removal")
+PARTS = ("model", "sae", "steering", "bare", "curves", "styles", "objects")
 
 
 def evaluate(
@@ -16,7 +16,7 @@ def evaluate(
     out: Annotated[Path, typer.Option(help="JSON file of the figures.")] = Path("benchmarks/results/demo_quality.json"),
     work: Annotated[Path, typer.Option(help="Folder where finished pieces are kept.")] = Path("outputs/evaluate"),
 ) -> None:
-    """Measure the embedded models: what is drawn right, reconstruction, steering, removal. Stopped, it resumes.
+    """Measure the embedded models: images drawn right, reconstruction, steering, removal. Stopped, it resumes.
 
     A part that is left out keeps the figures that the JSON file has of it.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, replace
 from pathlib import Path
@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from ..evaluation.baselines import load_with_error_term
 from ..evaluation.ledger import Ledger
+from ..evaluation.shares import Share
 from ..evaluation.unlearning import Outcome, UnlearningAccuracy, unlearning_accuracy
 from ..saes import TopKSAE
 from ..saes.checksums import sha256
@@ -22,9 +23,9 @@ from .shipped import MODELS, SITES, load_judge, load_pipeline, load_scores
 from .world import CONCEPTS, FACTORS, Scene, grid
 
 VARIATIONS: dict[str, tuple[Any, ...]] = {
-    "strength": (0.5, 0.0, -0.5, -1.0, -2.0, -4.0),
-    "latents": (1, 2, 4, 8, 16, 32),
-    "sites": (SITES, SITES[:1], SITES[1:], SITES[:2]),
+    "strength": (0.0, -1.0, -2.0, -4.0),
+    "latents": (2, 8, 32),
+    "sites": (SITES[:1], SITES[1:], SITES),
     "by": ("activity", "effect"),
     "error_term": ("kept", "dropped", "wrong_sign"),
 }
@@ -88,7 +89,7 @@ class Quality:
             figures[concept] = measure_steering.steering_figures(concept, scenes, bare, steered)
         return {"how": {factor: how[factor]._asdict() for factor in FACTORS}, "concepts": figures}
 
-    def curves(self, images: int = 16) -> dict[str, Any]:
+    def curves(self, images: int = 8) -> dict[str, Any]:
         """Removal figures about the chosen point of each domain, over some targets and some cells of the grid."""
         points = [
             (domain, what, replace(REMOVAL[domain], **{what: value}))
@@ -102,27 +103,33 @@ class Quality:
             figures[domain][what].append({"how": how.as_dict(), "chosen": how == REMOVAL[domain], **total.as_dict()})
         return figures
 
-    def removal(self) -> dict[str, Any]:
-        """Removal of every style and every object at the chosen point, each over the full grid; and the bare grid."""
-        cells = list(enumerate(grid()))
-        bare = [Outcome(*o) for o in self._ledger.get("bare grid", lambda: self._outcomes(cells))]
-        figures: dict[str, Any] = {
-            "bare": {
-                "style": sum(o.seen_style == o.style for o in bare) / len(bare),
-                "object": sum(o.seen_object == o.object for o in bare) / len(bare),
-                "artefacts": sum(o.artefact for o in bare) / len(bare),
-            }
+    def bare(self) -> dict[str, Any]:
+        """What the judge sees in the images of the grid when nothing is removed."""
+        seen = self._bare_grid()
+        return {
+            "style": _share(o.seen_style == o.style for o in seen),
+            "object": _share(o.seen_object == o.object for o in seen),
+            "artefacts": _share(o.artefact for o in seen),
         }
-        for domain, how in REMOVAL.items():
-            targets = FACTORS[domain]
-            each = {t: self._removal([t], how, lambda _: cells) for t in tqdm(targets, desc=f"removal of {domain}s")}
-            total = sum(list(each.values())[1:], each[targets[0]])
-            figures[domain] = {
-                "how": how.as_dict(),
-                **total.as_dict(),
-                "targets": {target: result.as_dict() for target, result in each.items()},
-            }
-        return figures
+
+    def styles(self) -> dict[str, Any]:
+        """Removal of every style at the chosen point, each over the full grid."""
+        return self._full_removal("style")
+
+    def objects(self) -> dict[str, Any]:
+        """Removal of every object at the chosen point, each over the full grid."""
+        return self._full_removal("object")
+
+    def _full_removal(self, domain: str) -> dict[str, Any]:
+        how, targets, cells = REMOVAL[domain], FACTORS[domain], list(enumerate(grid()))
+        each = {t: self._removal([t], how, lambda _: cells) for t in tqdm(targets, desc=f"removal of {domain}s")}
+        total = sum(list(each.values())[1:], each[targets[0]])
+        figures = {target: result.as_dict() for target, result in each.items()}
+        return {"how": how.as_dict(), **total.as_dict(), "targets": figures}
+
+    def _bare_grid(self) -> list[Outcome]:
+        record = self._ledger.get("bare grid", lambda: self._outcomes(list(enumerate(grid()))))
+        return [Outcome(*o) for o in record]
 
     def _removal(self, targets: Sequence[str], how: Removal, cells: Callable[[str], Cells]) -> UnlearningAccuracy:
         results = [self._removal_of(target, how, cells(target)) for target in targets]
@@ -153,3 +160,10 @@ class Quality:
             yield
         finally:
             self._pipe.unload_sae()
+
+
+def _share(hits: Iterable[bool]) -> dict[str, Any]:
+    share = Share()
+    for hit in hits:
+        share.count(hit)
+    return share.as_dict()

@@ -27,7 +27,7 @@ def test_help_names_every_command(monkeypatch, capsys):
 def test_a_mistake_is_one_sentence(monkeypatch, capsys):
     code, shown = run(monkeypatch, capsys, "evaluate", "--parts", "model,luck")
     assert code == 2
-    assert shown == "error: 'luck' is not a part; choose from model, sae, steering, curves, removal.\n"
+    assert shown == "error: 'luck' is not a part; choose from model, sae, steering, bare, curves, styles, objects.\n"
 
 
 def test_debug_shows_where_it_arose(monkeypatch):
