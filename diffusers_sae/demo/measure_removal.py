@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..evaluation.unlearning import Outcome
 from ..features.concepts import ConceptScores
@@ -15,14 +15,15 @@ from .world import CONCEPTS, Scene, grid
 
 SEED = 60_000_000
 CONFIDENT = 0.5
-ARTEFACT_FACTORS = ("object", "style", "background")
+JUDGED = ("object", "style", "background")
 
 
 @dataclass(frozen=True)
 class Removal:
     """How a concept is removed: at which sites, which latents (so many at each timestep), and how.
 
-    `strength` and `by` are those of `ConceptScores.away`; `error_term` is one of `evaluation.baselines.ERROR_TERMS`.
+    `by` "activity" and "effect" scale the latents that `ConceptScores.away` chooses by `strength`; "difference" adds
+    `strength` times what `ConceptScores.towards` adds. `error_term` is one of `evaluation.baselines.ERROR_TERMS`.
     """
 
     sites: tuple[str, ...] = SITES
@@ -39,20 +40,23 @@ class Removal:
         return {**asdict(self), "sites": list(self.sites)}
 
 
-REMOVAL = {"style": Removal(), "object": Removal()}
+REMOVAL = {
+    "style": Removal(SITES[:1], "activity", 16, 0.0),
+    "object": Removal(SITES[1:], "difference", 51, -2.0),
+}
 """The chosen point of each domain."""
 
 
 def edits_away(scores: Mapping[str, ConceptScores], concept: str, how: Removal) -> list[dict[str, Any]]:
     """Arguments of `steer`, one dict for each site; the SAEs are loaded under the sites' names."""
-    return [
-        {
-            "features": scores[site].away(concept, how.strength, how.percentile(scores[site].n_latents), how.by),
-            "adapter_name": site,
-            "mode": "scale",
-        }
-        for site in how.sites
-    ]
+    return [{**_edit_away(scores[site], concept, how), "adapter_name": site} for site in how.sites]
+
+
+def _edit_away(scores: ConceptScores, concept: str, how: Removal) -> dict[str, Any]:
+    percentile = how.percentile(scores.n_latents)
+    if how.by == "difference":
+        return {"features": scores.towards(concept, how.strength, percentile)}
+    return {"features": scores.away(concept, how.strength, percentile, how.by), "mode": "scale"}
 
 
 def cells_of(target: str, images: int) -> list[tuple[int, Scene]]:
@@ -65,16 +69,29 @@ def cells_of(target: str, images: int) -> list[tuple[int, Scene]]:
     return rng.sample(inside, min(images, len(inside))) + rng.sample(outside, images)
 
 
-def outcomes(pipe: Any, judge: Judge, cells: Sequence[tuple[int, Scene]]) -> list[Outcome]:
-    """One image a cell, from the noise of the cell's own seed, and what the judge sees in it."""
+class Sighting(NamedTuple):
+    """What the judge sees in the image of one cell, and the factors that it cannot name with confidence."""
+
+    cell: int
+    style: str
+    object: str
+    unsure: list[str]
+
+
+def sightings(pipe: Any, judge: Judge, cells: Sequence[tuple[int, Scene]]) -> list[Sighting]:
+    """One image a cell, from the noise of the cell's own seed."""
     images = list(generate(pipe, [s.caption() for _, s in cells], [SEED + i for i, _ in cells]))
     return [
-        Outcome(
-            str(scene.style),
-            str(scene.object),
-            seen["style"][0],
-            seen["object"][0],
-            any(seen[f][1] < CONFIDENT for f in ARTEFACT_FACTORS),
-        )
-        for (_, scene), seen in zip(cells, look(judge, images), strict=True)
+        Sighting(i, seen["style"][0], seen["object"][0], [f for f in JUDGED if seen[f][1] < CONFIDENT])
+        for (i, _), seen in zip(cells, look(judge, images), strict=True)
     ]
+
+
+def outcomes(steered: Iterable[Sighting], bare: Sequence[Sighting]) -> list[Outcome]:
+    """An artefact is a factor that could be named in the bare image (`bare` is the full grid) and cannot now."""
+    scenes = grid()
+    return [
+        Outcome(str(scenes[s.cell].style), str(scenes[s.cell].object), s.style, s.object,
+                bool(set(s.unsure) - set(bare[s.cell].unsure)))
+        for s in steered
+    ]  # fmt: skip

@@ -26,7 +26,13 @@ class Towards(NamedTuple):
     stop: float = 1.0
 
 
-TOWARDS = {factor: Towards() for factor in FACTORS}
+TOWARDS = {
+    "object": Towards(strength=1.25),
+    "style": Towards(strength=2.5, stop=0.6),
+    "background": Towards(strength=1.25),
+    "gender": Towards(strength=2.5),
+    "skin": Towards(strength=1.5),
+}
 """How this is done for the values of each factor."""
 
 

@@ -5,29 +5,31 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from ..evaluation.baselines import load_with_error_term
+from ..evaluation.baselines import ERROR_TERMS, load_with_error_term
 from ..evaluation.ledger import Ledger
 from ..evaluation.shares import Share
-from ..evaluation.unlearning import Outcome, UnlearningAccuracy, unlearning_accuracy
+from ..evaluation.unlearning import UnlearningAccuracy, unlearning_accuracy
 from ..saes import TopKSAE
 from ..saes.checksums import sha256
 from . import measure_model, measure_sae, measure_steering
-from .measure_removal import REMOVAL, Removal, cells_of, edits_away, outcomes
+from .measure_removal import REMOVAL, Removal, Sighting, cells_of, edits_away, outcomes, sightings
 from .shipped import MODELS, SITES, load_judge, load_pipeline, load_scores
 from .world import CONCEPTS, FACTORS, Scene, grid
 
-VARIATIONS: dict[str, tuple[Any, ...]] = {
-    "strength": (0.0, -1.0, -2.0, -4.0),
-    "latents": (2, 8, 32),
+COMMON: dict[str, tuple[Any, ...]] = {
     "sites": (SITES[:1], SITES[1:], SITES),
-    "by": ("activity", "effect"),
-    "error_term": ("kept", "dropped", "wrong_sign"),
+    "by": ("activity", "effect", "difference"),
+    "error_term": tuple(ERROR_TERMS),
+}
+VARIATIONS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "style": {"strength": (0.5, 0.0, -0.5, -1.0), "latents": (4, 8, 16, 32), **COMMON},
+    "object": {"strength": (-1.0, -2.0, -3.0), "latents": (13, 51, 205), **COMMON},
 }
 """What the curves vary about the chosen point, one at a time."""
 
@@ -94,10 +96,10 @@ class Quality:
         points = [
             (domain, what, replace(REMOVAL[domain], **{what: value}))
             for domain in REMOVAL
-            for what, values in VARIATIONS.items()
+            for what, values in VARIATIONS[domain].items()
             for value in values
         ]
-        figures: dict[str, Any] = {domain: {what: [] for what in VARIATIONS} for domain in REMOVAL}
+        figures: dict[str, Any] = {domain: {what: [] for what in VARIATIONS[domain]} for domain in REMOVAL}
         for domain, what, how in tqdm(points, desc="curves"):
             total = self._removal(CURVE_TARGETS[domain], how, lambda target: cells_of(target, images))
             figures[domain][what].append({"how": how.as_dict(), "chosen": how == REMOVAL[domain], **total.as_dict()})
@@ -105,11 +107,11 @@ class Quality:
 
     def bare(self) -> dict[str, Any]:
         """What the judge sees in the images of the grid when nothing is removed."""
-        seen = self._bare_grid()
+        scenes, seen = grid(), self._bare_grid()
         return {
-            "style": _share(o.seen_style == o.style for o in seen),
-            "object": _share(o.seen_object == o.object for o in seen),
-            "artefacts": _share(o.artefact for o in seen),
+            "style": _share(s.style == scenes[s.cell].style for s in seen),
+            "object": _share(s.object == scenes[s.cell].object for s in seen),
+            "unsure": _share(bool(s.unsure) for s in seen),
         }
 
     def styles(self) -> dict[str, Any]:
@@ -127,30 +129,32 @@ class Quality:
         figures = {target: result.as_dict() for target, result in each.items()}
         return {"how": how.as_dict(), **total.as_dict(), "targets": figures}
 
-    def _bare_grid(self) -> list[Outcome]:
-        record = self._ledger.get("bare grid", lambda: self._outcomes(list(enumerate(grid()))))
-        return [Outcome(*o) for o in record]
+    def _bare_grid(self) -> list[Sighting]:
+        record = self._ledger.get("bare grid", lambda: self._sightings(list(enumerate(grid()))))
+        return [Sighting(*s) for s in record]
 
     def _removal(self, targets: Sequence[str], how: Removal, cells: Callable[[str], Cells]) -> UnlearningAccuracy:
         results = [self._removal_of(target, how, cells(target)) for target in targets]
         return sum(results[1:], results[0])
 
     def _removal_of(self, target: str, how: Removal, cells: Cells) -> UnlearningAccuracy:
-        def measure() -> list[tuple]:
+        bare = self._bare_grid()
+
+        def measure() -> list[Sighting]:
             try:
                 for site in how.sites:
                     load_with_error_term(self._pipe, self._saes[site], site, site, how.error_term)
                 for edit in edits_away(self._scores, target, how):
                     self._pipe.steer(**edit)
-                return self._outcomes(cells)
+                return self._sightings(cells)
             finally:
                 self._pipe.unload_sae()
 
         record = self._ledger.get(f"away {target} {json.dumps(how.as_dict())} {len(cells)}", measure)
-        return unlearning_accuracy([Outcome(*o) for o in record], CONCEPTS[target], target)
+        return unlearning_accuracy(outcomes((Sighting(*s) for s in record), bare), CONCEPTS[target], target)
 
-    def _outcomes(self, cells: Cells) -> list[tuple]:
-        return [astuple(o) for o in outcomes(self._pipe, self._judge, cells)]
+    def _sightings(self, cells: Cells) -> list[Sighting]:
+        return sightings(self._pipe, self._judge, cells)
 
     @contextmanager
     def _loaded(self) -> Iterator[None]:

@@ -15,7 +15,7 @@ from .judge import Judge
 from .world import FACTORS
 
 MODELS = Path(__file__).parent / "models"
-SITES = ("unet.up_blocks.1.attentions.1", "unet.down_blocks.1.attentions.0", "unet.down_blocks.2.attentions.0")
+SITES = ("unet.up_blocks.1.attentions.1", "unet.down_blocks.1.attentions.0")
 STEPS = 20
 GUIDANCE = 4.0
 CALL: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from diffusers_sae.demo.measure_removal import cells_of
+from diffusers_sae.demo.measure_removal import Sighting, cells_of, outcomes
 from diffusers_sae.demo.measure_steering import silent_scenes, steering_figures
 from diffusers_sae.demo.world import CONCEPT_VALUES, CONCEPTS, FACTORS, STYLES, Scene, grid, scene_with
 
@@ -55,3 +55,12 @@ def test_steering_figures_count_the_concept_and_the_told_factors_alone():
     figures = steering_figures("ink", scenes, bare, steered)
     assert figures["seen"]["value"] == 0.5 and figures["seen_bare"]["value"] == 0
     assert figures["kept"]["value"] == 0.5  # the second image's background was pink before
+
+
+def test_an_artefact_is_what_could_be_named_before():
+    bare = [Sighting(i, "flat", "cat", ["background"] if i == 1 else []) for i in range(2)]
+    steered = [Sighting(0, "ink", "cat", ["background"]), Sighting(1, "ink", "dog", ["background"])]
+    result = outcomes(steered, bare)
+    assert [o.artefact for o in result] == [True, False]
+    assert [(o.style, o.object) for o in result] == [(s.style, s.object) for s in grid()[:2]]
+    assert [(o.seen_style, o.seen_object) for o in result] == [("ink", "cat"), ("ink", "dog")]
