@@ -7,9 +7,14 @@ import torch
 from ..saes import SparseAutoencoder
 
 
-def fraction_of_variance_unexplained(x: torch.Tensor, x_hat: torch.Tensor) -> torch.Tensor:
-    """FVU: `Σ‖x - x̂‖² / Σ‖x - x̄‖²` over the rows `(N, d)` of a batch."""
-    return (x - x_hat).square().sum() / (x - x.mean(0)).square().sum()
+def fraction_of_variance_unexplained(
+    x: torch.Tensor, x_hat: torch.Tensor, weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """FVU: `Σ‖x - x̂‖² / Σ‖x - x̄‖²` over the rows `(N, d)` of a batch; `weights (N,)` multiply the terms of both sums."""
+    error, spread = (x - x_hat).square().sum(-1), (x - x.mean(0)).square().sum(-1)
+    if weights is not None:
+        error, spread = error * weights, spread * weights
+    return error.sum() / spread.sum()
 
 
 def aux_k_loss(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from ..capture import ShuffleBuffer, stream_activations
@@ -27,6 +28,8 @@ class StreamingConfig:
         reuse: how often a row is drawn, on average.
         buffer: rows that each site's shuffle buffer holds.
         branch: guidance branch whose rows are learned.
+        balance: whether rows are weighted by one over the variance of their timestep, so that every timestep counts
+            alike.
         checkpoint_every: images between checkpoints.
         seed: image i starts from the noise of seed `seed + i`.
     """
@@ -37,6 +40,7 @@ class StreamingConfig:
     reuse: float = 1.0
     buffer: int = 2**17
     branch: str = "cond"
+    balance: bool = True
     checkpoint_every: int = 256
     seed: int = 0
 
@@ -108,23 +112,33 @@ class _SiteRun:
         """Images that the checkpoint had seen; 0 if there is none."""
         return SAETrainer.position(self._checkpoint)["images"] if self._checkpoint.exists() else 0
 
-    def feed(self, rows: Any) -> None:
+    def feed(self, rows: torch.Tensor) -> None:
         """Take one batch of rows `(T, images, P, d)` in and make the steps that are due for it."""
         config, count = self._config, rows[..., 0].numel()
+        weighted = torch.cat([rows, self._weights(rows)], -1)
         if self.trainer is None:
-            self._buffer = ShuffleBuffer(config.buffer, rows.shape[-1])
-            self._buffer.add(rows)
+            self._buffer = ShuffleBuffer(config.buffer, weighted.shape[-1])
+            self._buffer.add(weighted)
             total = config.images * count / rows.shape[1] * config.reuse / config.rows
             settings = TrainingConfig(steps=int(total), batch_size=config.rows, **self._training)
-            self.trainer = SAETrainer(self._make(rows.shape[-1]), settings, self._buffer.rows)
+            self.trainer = SAETrainer(self._make(rows.shape[-1]), settings, self._buffer.rows[:, :-1])
             if self._checkpoint.exists():
                 self.trainer.restore(self._checkpoint)
         else:
-            self._buffer.add(rows)
+            self._buffer.add(weighted)
         self._owed += count * config.reuse / config.rows
         while self._owed >= 1 and self.trainer.step_count < self.trainer.config.steps:
-            self.figures = self.trainer.step(self._buffer.sample(config.rows))
+            sample = self._buffer.sample(config.rows)
+            self.figures = self.trainer.step(sample[:, :-1], sample[:, -1])
             self._owed -= 1
+
+    def _weights(self, rows: torch.Tensor) -> torch.Tensor:
+        """How much each row counts, `(T, images, P, 1)`."""
+        if not self._config.balance:
+            return torch.ones_like(rows[..., :1])
+        variance = rows.flatten(1, 2).var(1).sum(-1)  # (T,)
+        weights = variance.mean() / variance.clamp(min=1e-12)
+        return weights[:, None, None, None].expand_as(rows[..., :1])
 
     def save(self, images: int) -> None:
         assert self.trainer is not None

@@ -27,7 +27,7 @@ class TrainingConfig:
 
     steps: int
     batch_size: int = 2048
-    lr: float = 1e-3
+    lr: float = 6e-3
     warmup: float = 0.02
     decay: float = 0.3
     k_aux: int = 64
@@ -72,13 +72,16 @@ class SAETrainer:
         rise = min(1.0, (self.step_count + 1) / max(1.0, self.config.warmup * self.config.steps))
         return rise * min(1.0, max(0.0, (1 - done) / self.config.decay))
 
-    def step(self, rows: torch.Tensor) -> dict[str, float]:
-        """One step on raw rows `(N, d)`; returns the FVU, the AuxK loss and the share of dead latents."""
+    def step(self, rows: torch.Tensor, weights: torch.Tensor | None = None) -> dict[str, float]:
+        """One step on raw rows `(N, d)`; returns the FVU, the AuxK loss and the share of dead latents.
+
+        `weights (N,)` say how much each row counts in the FVU.
+        """
         sae, config = self.sae, self.config
         x = rows * self.scale
         code = sae.encode_sparse(x)
         x_hat = sae.decode_sparse(code)
-        fvu = fraction_of_variance_unexplained(x, x_hat)
+        fvu = fraction_of_variance_unexplained(x, x_hat, weights)
         dead = self.rows_since_fired >= config.dead_after
         aux = aux_k_loss(sae, x, x_hat, dead, config.k_aux)
         loss = fvu + config.aux_weight * aux
