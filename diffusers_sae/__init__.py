@@ -2,6 +2,7 @@
 
 from .errors import InputError
 from .pipelines import SAESteeringMixin, SAESteeringPipeline
+from .rules import Rule
 from .saes import LatentStatistics, TopKSAE
 from .sites import Site
 from .strengths import StrengthMap, StrengthTable
@@ -9,6 +10,7 @@ from .strengths import StrengthMap, StrengthTable
 __all__ = [
     "InputError",
     "LatentStatistics",
+    "Rule",
     "SAESteeringMixin",
     "SAESteeringPipeline",
     "Site",

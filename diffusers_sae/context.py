@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from .errors import InputError
+from .rules import Rule
 
 BRANCHES = ("cond", "uncond")
 """The branches an edit can name."""
@@ -62,7 +63,7 @@ class DenoisingContext:
 
     `timestep` is the scheduler's, `progress` is 1 - timestep / training timesteps (0 at pure noise, 1 at the finished
     image), `rows` the batch the denoiser sees, `branches` its parts in order, `size` the height and width of the
-    latents.
+    latents, `decisions` which images each rule holds for, as far as that is decided.
     """
 
     timestep: float = 0.0
@@ -71,6 +72,7 @@ class DenoisingContext:
     branches: tuple[str, ...] = ("cond",)
     size: tuple[int, int] = (1, 1)
     calls: int = 0
+    decisions: dict[Rule, torch.Tensor] = field(default_factory=dict)
 
     @property
     def images(self) -> int:
@@ -81,6 +83,11 @@ class DenoisingContext:
         """The rows of one branch, which lie side by side."""
         start = self.branches.index(branch) * self.images
         return slice(start, start + self.images)
+
+    def begin(self) -> None:
+        """Forget the run before."""
+        self.calls = 0
+        self.decisions.clear()
 
     def update(self, pipe: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         """Read the denoiser's arguments for the call that is about to run."""

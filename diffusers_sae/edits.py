@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from .context import BRANCHES, DenoisingContext
 from .errors import InputError
+from .rules import Rule
 from .saes import LatentStatistics, SparseAutoencoder
 from .saes.statistics import UNITS
 from .strengths import Grid, Strength, checked_strength, strength_now
@@ -52,6 +53,7 @@ class Edit:
     branch: str = "cond"
     mask: torch.Tensor | None = None  # (1 or images, 1, H, W) in [0, 1]
     unit: str = "raw"
+    when: Rule | None = None
 
     @property
     def operation(self) -> Operation:
@@ -64,6 +66,12 @@ class Edit:
     def in_window(self, progress: float) -> bool:
         """Whether `start <= progress < stop`; a window that ends at 1 includes it."""
         return self.start <= progress and (progress < self.stop or self.stop == 1)
+
+    def chosen_images(self, context: DenoisingContext) -> torch.Tensor | None:
+        """`(images,)` bool: the images that its rule lets it act on, none before that is decided; `None` for all."""
+        if self.when is None:
+            return None
+        return context.decisions.get(self.when, torch.zeros(context.images, dtype=torch.bool))
 
     def strengths_at(
         self, context: DenoisingContext, statistics: LatentStatistics | None, grid: Grid
@@ -101,6 +109,7 @@ def make_edit(
     branch: str = "cond",
     mask: Any = None,
     unit: str = "raw",
+    when: Rule | None = None,
     statistics: LatentStatistics | None = None,
 ) -> Edit:
     """Check what `steer` was given and make an `Edit` of it; raises `InputError`."""
@@ -121,7 +130,7 @@ def make_edit(
     if unit != "raw" and statistics is None:
         raise InputError(f"unit={unit!r} needs the SAE's statistics, and none lie beside it; use unit='raw'.")
     return Edit(
-        tuple(_checked_feature(f, sae) for f in features),
+        tuple(sae.checked_feature(f) for f in features),
         tuple(checked_strength(f, s) for f, s in features.items()),
         mode,
         float(start),
@@ -129,15 +138,8 @@ def make_edit(
         branch,
         None if mask is None else as_mask(mask),
         unit,
+        when,
     )
-
-
-def _checked_feature(feature: Any, sae: SparseAutoencoder) -> int:
-    if not isinstance(feature, (int, np.integer)) or isinstance(feature, bool):
-        raise InputError(f"{feature!r} is not a feature; pass its index, 0 to {sae.n_latents - 1}.")
-    if not 0 <= feature < sae.n_latents:
-        raise InputError(f"Feature {feature} is out of range; this SAE has the features 0 to {sae.n_latents - 1}.")
-    return int(feature)
 
 
 def as_mask(mask: Any) -> torch.Tensor:

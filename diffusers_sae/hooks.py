@@ -13,6 +13,7 @@ from torch import nn
 from .context import DenoisingContext
 from .edits import Edit, code_change
 from .errors import InputError
+from .rules import Rule
 from .saes import LatentStatistics, SparseAutoencoder
 from .sites import LAYOUTS, Site, grid_of, input_of, tensor_of, with_tensor
 from .strengths import Grid
@@ -51,22 +52,33 @@ class LoadedSAE:
         if strengths is None:
             return None
         delta = code_change(edit, self.sae, x, strengths) @ self.sae.W_dec[list(edit.features)]
-        return delta if edit.mask is None else delta * edit.mask_at(grid(), context.images).to(delta.device)
+        if edit.mask is not None:
+            delta = delta * edit.mask_at(grid(), context.images).to(delta.device)
+        chosen = edit.chosen_images(context)
+        return delta if chosen is None else delta * chosen[:, None, None].to(delta)
 
 
 class SAEProcessor(ModelHook):
     """Encode, edit, decode at one module, for all SAEs of one pipeline that sit there.
 
-    Every SAE reads the tensor as the model made it; their changes add up. While `armed()` is false, or if nothing
+    Every SAE reads the tensor as the model made it; their changes add up. `rules_about(name)` gives the rules that look
+    at an SAE. While `armed()` is false, or if nothing
     changes, the module's output is passed on untouched. Only `pre_forward` and `post_forward` are used, since
     other hooks on the module come and go (see Hugging Face's `HookRegistry.remove_hook`).
     """
 
-    def __init__(self, loaded: list[LoadedSAE], context: DenoisingContext, armed: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        loaded: list[LoadedSAE],
+        context: DenoisingContext,
+        armed: Callable[[], bool],
+        rules_about: Callable[[str], list[Rule]],
+    ) -> None:
         super().__init__()
         self.loaded = loaded
         self.context = context
         self.armed = armed
+        self.rules_about = rules_about
         self.calls = 0
         self._input: torch.Tensor | None = None
 
@@ -74,9 +86,9 @@ class SAEProcessor(ModelHook):
         if not self.armed():
             return args, kwargs
         self.calls += 1
-        if any(one.site.kind == "update" and one.edits for one in self.loaded):
+        if self._reads("update"):
             self._input = input_of(args, kwargs)
-        if any(one.site.kind == "input" and one.edits for one in self.loaded):
+        if self._reads("input"):
             x = input_of(args, kwargs)
             edited = self._edited(x, x, "input")
             if args:
@@ -95,18 +107,30 @@ class SAEProcessor(ModelHook):
             self._input = None
         return output if edited is x else with_tensor(output, edited)
 
+    def _reads(self, kind: str) -> bool:
+        """Whether an SAE at this kind of site has edits, or rules that look at it."""
+        return any(one.site.kind == kind and (one.edits or self.rules_about(one.name)) for one in self.loaded)
+
+    def _decide(self, one: LoadedSAE, seen: torch.Tensor) -> None:
+        """Apply the rules about an SAE that are not decided in this run."""
+        rules = [rule for rule in self.rules_about(one.name) if rule not in self.context.decisions]
+        if rules:
+            part = _rows(one, seen[self.context.rows_of("cond")])
+            self.context.decisions.update({rule: rule.holds(one.sae, part) for rule in rules})
+
     def _edited(self, x: torch.Tensor, seen: torch.Tensor, kind: str) -> torch.Tensor:
         """`x` with the changes that SAEs of this kind of site make from what they see; `x` itself if there are none."""
         total: torch.Tensor | None = None
-        for one in self.loaded:
-            if not one.enabled or not one.edits or one.site.kind != kind:
+        at_kind = [one for one in self.loaded if one.site.kind == kind]
+        for one in at_kind:
+            self._decide(one, seen)
+        for one in at_kind:
+            if not one.enabled or not one.edits:
                 continue
             layout = LAYOUTS[one.site.layout]
-            one.sae.to(x.device)
             for branch in self.context.branches:
                 rows = self.context.rows_of(branch)
-                part = layout.to_rows(seen[rows]).float()  # (images, P, d)
-                _check_width(part, one)
+                part = _rows(one, seen[rows])
                 change = one.change(part, branch, self.context, lambda: grid_of(x, self.context.size))
                 if change is not None:
                     total = torch.zeros_like(x, dtype=torch.float32) if total is None else total
@@ -117,12 +141,16 @@ class SAEProcessor(ModelHook):
         return torch.where(total == 0, x, x + total)  # adding 0 would turn -0 into +0
 
 
-def _check_width(x: torch.Tensor, one: LoadedSAE) -> None:
+def _rows(one: LoadedSAE, seen: torch.Tensor) -> torch.Tensor:
+    """What the SAE takes of a part of a batch, `(images, P, d)` in fp32."""
+    one.sae.to(seen.device)
+    x = LAYOUTS[one.site.layout].to_rows(seen).float()
     if x.shape[-1] != one.sae.d_in:
         raise InputError(
             f"The SAE {one.name!r} takes activations of width {one.sae.d_in} and {one.site} has {x.shape[-1]}; "
             "load an SAE that was trained at this site."
         )
+    return x
 
 
 class CaptureHook(ModelHook):

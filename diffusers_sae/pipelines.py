@@ -19,6 +19,7 @@ from .edits import make_edit
 from .errors import InputError
 from .hooks import CaptureHook, LoadedSAE
 from .loaders import Source, load_source
+from .rules import Rule, checked_rule
 from .saes import SparseAutoencoder
 from .sites import Site, resolve, width_of
 from .state import SteeringState
@@ -102,6 +103,7 @@ class SAESteeringMixin:
         branch: str = "cond",
         mask: Any = None,
         unit: str = "raw",
+        when: Rule | None = None,
     ) -> None:
         """Add an edit to the plan; it stays in force until `reset_steering`.
 
@@ -115,15 +117,19 @@ class SAESteeringMixin:
             mask: places it acts at: PIL image, array or tensor `(H, W)` or `(images, H, W)`, in [0, 1].
             unit: of the strengths: `raw` activation, or multiples of the latent's `mean` while firing or of its `max`,
                 at that timestep.
+            when: a `Rule`: only images for which it holds are edited.
 
         Raises:
             InputError: anything above is wrong. The plan is left as it was.
         """
         one = self._named(adapter_name)
+        if when is not None:
+            watched = self._named(getattr(when, "adapter_name", None) or one.name)
+            when = checked_rule(when, watched.name, watched.sae)
         one.edits.append(
             make_edit(
                 features, one.sae, mode=mode, start=start, stop=stop, branch=branch, mask=mask, unit=unit,
-                statistics=one.statistics,
+                when=when, statistics=one.statistics,
             )
         )  # fmt: skip
 
@@ -190,6 +196,7 @@ class SAESteeringMixin:
     def delete_saes(self, adapter_names: str | Sequence[str]) -> None:
         """Unload the named SAEs and their edits."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self._check_that_no_rule_needs(names)
         for one in [self._named(name) for name in names]:
             self._steering.remove(one)
 
@@ -207,6 +214,15 @@ class SAESteeringMixin:
             raise InputError("No SAE is loaded; call load_sae first.")
         wrong = "adapter_name is missing" if name is None else f"No SAE is named {name!r}"
         raise InputError(f"{wrong}; loaded are {', '.join(map(repr, loaded))}, so choose one of them.")
+
+    def _check_that_no_rule_needs(self, names: Sequence[str]) -> None:
+        for name, one in self._steering.loaded.items():
+            needed = {edit.when.adapter_name for edit in one.edits if edit.when is not None} & set(names)
+            if needed and name not in names:
+                raise InputError(
+                    f"Edits of {name!r} have a rule about {needed.pop()!r}; delete both SAEs, "
+                    f"or call reset_steering({name!r}) first."
+                )
 
     def _switch(self, name: str | None, enabled: bool) -> None:
         for one in [self._named(name)] if name else self._steering.loaded.values():

@@ -14,6 +14,7 @@ from torch import nn
 
 from .context import DenoisingContext
 from .hooks import LoadedSAE, SAEProcessor, attach, detach
+from .rules import Rule
 
 _numbers = itertools.count()
 
@@ -41,7 +42,7 @@ class SteeringState:
     def add(self, one: LoadedSAE, module: nn.Module) -> None:
         """Hook an SAE to its module."""
         if module not in self._processors:
-            processor = SAEProcessor([], self.context, lambda: self.armed)
+            processor = SAEProcessor([], self.context, lambda: self.armed, self.rules_about)
             attach(self._hold_denoiser(), module, processor, self._name)
             self._processors[module] = processor
         self._processors[module].loaded.append(one)
@@ -55,6 +56,11 @@ class SteeringState:
         if not processor.loaded:
             del self._processors[module]
             self._release_denoiser([(module, self._name)])
+
+    def rules_about(self, name: str) -> list[Rule]:
+        """Rules of all edits that look at the latents of the SAE `name`."""
+        rules = (edit.when for one in self.loaded.values() for edit in one.edits)
+        return [rule for rule in rules if rule is not None and rule.adapter_name == name]
 
     @contextmanager
     def attached(self, hooks: Sequence[tuple[nn.Module, ModelHook]]) -> Iterator[None]:
@@ -71,7 +77,7 @@ class SteeringState:
     @contextmanager
     def running(self, pipe: Any) -> Iterator[None]:
         """One call of the pipeline: the hooks act, and a site that never fired is warned of."""
-        self.context.calls = 0
+        self.context.begin()
         for processor in self._processors.values():
             processor.calls = 0
         self.armed = True
@@ -84,14 +90,18 @@ class SteeringState:
 
     def _warn_of_silence(self, pipe: Any) -> None:
         for processor in self._processors.values():
-            silent = [one for one in processor.loaded if one.enabled and one.edits and not processor.calls]
-            for one in silent:
-                same = pipe.unet is self._denoiser
-                why = "the site did not run" if same else "the pipeline has another U-Net now"
-                warnings.warn(
-                    f"The edits of {one.name!r} at {one.site} never acted, since {why}; load the SAE again.",
-                    stacklevel=4,
-                )
+            if processor.calls:
+                continue
+            same = pipe.unet is self._denoiser
+            why = "the site did not run" if same else "the pipeline has another U-Net now"
+            for one in processor.loaded:
+                edits = "The edits of" if one.enabled and one.edits else ""
+                rules = "The edits with rules about" if self.rules_about(one.name) else ""
+                for what in filter(None, (edits, rules)):
+                    warnings.warn(
+                        f"{what} {one.name!r} at {one.site} never acted, since {why}; load the SAE again.",
+                        stacklevel=4,
+                    )
 
     def _hold_denoiser(self) -> nn.Module:
         """The U-Net, which tells the context its arguments from the first hook to the last."""

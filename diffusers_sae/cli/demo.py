@@ -15,14 +15,14 @@ def demo(
 ) -> None:
     """Steer the embedded model: styles added, backgrounds turned, an object removed, a strength sweep, time windows."""
     from ..demo.pictures import draw_grid
-    from ..demo.shipped import MODELS, SITES, load_judge, load_pipeline, load_scores
+    from ..demo.shipped import MODELS, SITES, load_detectors, load_judge, load_pipeline, load_scores
     from ..demo.showcase import draw, stories
 
     start = time.perf_counter()
-    pipe, judge, scores = load_pipeline(), load_judge(), load_scores()
+    pipe, judge = load_pipeline(), load_judge()
     for site in SITES:
         pipe.load_sae(MODELS / "saes" / site, adapter_name=site)
-    rows, report = draw(pipe, judge, stories(scores))
+    rows, report = draw(pipe, judge, stories(load_scores(), load_detectors()))
     out.mkdir(parents=True, exist_ok=True)
     draw_grid(rows, "One diffusers pipeline, steered by the features of a sparse autoencoder", out / "grid.png")
     seconds = round(time.perf_counter() - start, 1)

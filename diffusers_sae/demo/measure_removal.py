@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from ..evaluation.unlearning import Outcome
 from ..features.concepts import ConceptScores
+from ..features.detectors import ConceptDetectors
 from .judge import Judge
 from .shipped import SITES, generate, look
 from .world import CONCEPTS, Scene, grid
@@ -23,13 +24,15 @@ class Removal:
     """How a concept is removed: at which sites, which latents (so many at each timestep), and how.
 
     `by` "activity" and "effect" scale the latents that `ConceptScores.away` chooses by `strength`; "difference" adds
-    `strength` times what `ConceptScores.towards` adds. `error_term` is one of `evaluation.baselines.ERROR_TERMS`.
+    `strength` times what `ConceptScores.towards` adds. `ruled` removals act only on images of prompts in which the
+    detector finds the concept. `error_term` is one of `evaluation.baselines.ERROR_TERMS`.
     """
 
     sites: tuple[str, ...] = SITES
     by: str = "effect"
     latents: int = 8
     strength: float = -1.0
+    ruled: bool = True
     error_term: str = "kept"
 
     def percentile(self, n_latents: int) -> float:
@@ -47,9 +50,12 @@ REMOVAL = {
 """The chosen point of each domain."""
 
 
-def edits_away(scores: Mapping[str, ConceptScores], concept: str, how: Removal) -> list[dict[str, Any]]:
-    """Arguments of `steer`, one dict for each site; the SAEs are loaded under the sites' names."""
-    return [{**_edit_away(scores[site], concept, how), "adapter_name": site} for site in how.sites]
+def edits_away(
+    scores: Mapping[str, ConceptScores], detectors: ConceptDetectors, concept: str, how: Removal
+) -> list[dict[str, Any]]:
+    """Arguments of `steer`, one dict for each site; the SAEs of all sites are loaded under the sites' names."""
+    when = detectors.rule(concept, SITES[0]) if how.ruled else None
+    return [{**_edit_away(scores[site], concept, how), "adapter_name": site, "when": when} for site in how.sites]
 
 
 def _edit_away(scores: ConceptScores, concept: str, how: Removal) -> dict[str, Any]:

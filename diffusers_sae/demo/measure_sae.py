@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from ..capture import stream_activations
@@ -16,6 +17,7 @@ from .world import sample_captions
 SEED = 10_000_000
 
 
+@torch.no_grad()
 def reconstruction(
     pipe: Any, saes: Mapping[str, SparseAutoencoder], images: int = 256, batch_size: int = 32
 ) -> tuple[dict[str, dict[str, Any]], dict[str, StatisticsAccumulator]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def draw_grid(rows: Sequence[Row], title: str, path: Path) -> None:
             axis.axis("off")
         for axis, image, caption in zip(axes, row.images, row.captions, strict=False):
             axis.imshow(((image.clamp(-1, 1) + 1) / 2).permute(1, 2, 0).numpy(), interpolation="nearest")
-            axis.set_title(caption, fontsize=8.5, pad=3)
+            axis.set_title(fill(caption, 24), fontsize=8.5, pad=3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)

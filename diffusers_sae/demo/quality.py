@@ -19,7 +19,7 @@ from ..saes import TopKSAE
 from ..saes.checksums import sha256
 from . import measure_model, measure_sae, measure_steering
 from .measure_removal import REMOVAL, Removal, Sighting, cells_of, edits_away, outcomes, sightings
-from .shipped import MODELS, SITES, load_judge, load_pipeline, load_scores
+from .shipped import MODELS, SITES, load_detectors, load_judge, load_pipeline, load_scores
 from .world import CONCEPTS, FACTORS, Scene, grid
 
 COMMON: dict[str, tuple[Any, ...]] = {
@@ -53,6 +53,7 @@ class Quality:
         self._judge = load_judge(models / "judge")
         self._saes = {site: TopKSAE.from_pretrained(models / "saes" / site).float() for site in SITES}
         self._scores = load_scores(models / "saes")
+        self._detectors = load_detectors(models / "saes")
         self._size = sum(p.stat().st_size for p in models.rglob("*") if p.is_file())
 
     def model(self, images: int = 512) -> dict[str, Any]:
@@ -142,9 +143,9 @@ class Quality:
 
         def measure() -> list[Sighting]:
             try:
-                for site in how.sites:
-                    load_with_error_term(self._pipe, self._saes[site], site, site, how.error_term)
-                for edit in edits_away(self._scores, target, how):
+                for site, sae in self._saes.items():
+                    load_with_error_term(self._pipe, sae, site, site, how.error_term)
+                for edit in edits_away(self._scores, self._detectors, target, how):
                     self._pipe.steer(**edit)
                 return self._sightings(cells)
             finally:

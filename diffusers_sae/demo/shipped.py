@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..features.concepts import ConceptScores
+from ..features.detectors import ConceptDetectors
 from ..pipelines import SAESteeringPipeline
 from .judge import Judge
 from .world import FACTORS
@@ -31,6 +32,11 @@ def load_pipeline(folder: Path = MODELS / "emoji-sd") -> Any:
 def load_scores(folder: Path = MODELS / "saes") -> dict[str, ConceptScores]:
     """The concept scores of the SAE of every site."""
     return {site: ConceptScores.load(folder / site) for site in SITES}
+
+
+def load_detectors(folder: Path = MODELS / "saes") -> ConceptDetectors:
+    """What tells which concepts a prompt asks for, from the SAE of the first site."""
+    return ConceptDetectors.load(folder / SITES[0])
 
 
 def load_judge(folder: Path = MODELS / "judge") -> Judge:

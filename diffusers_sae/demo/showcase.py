@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from ..features.concepts import ConceptScores
+from ..features.detectors import ConceptDetectors
 from ..strengths import StrengthMap, StrengthTable
 from .judge import Judge
 from .measure_removal import REMOVAL, edits_away
@@ -37,9 +38,9 @@ class Story(NamedTuple):
     panels: Sequence[Panel]
 
 
-def stories(scores: Mapping[str, ConceptScores]) -> list[Story]:
+def stories(scores: Mapping[str, ConceptScores], detectors: ConceptDetectors) -> list[Story]:
     """The rows of the demo."""
-    return [_style(scores), _background(scores), _removal(scores), _sweep(scores), _windows(scores)]
+    return [_style(scores), _background(scores), _removal(scores, detectors), _sweep(scores), _windows(scores)]
 
 
 def _pairs(cases: Sequence[tuple[str, int, str, Edits]]) -> list[Panel]:
@@ -84,9 +85,13 @@ def _background(scores: Mapping[str, ConceptScores]) -> Story:
     )
 
 
-def _removal(scores: Mapping[str, ConceptScores]) -> Story:
-    edits = edits_away(scores, "panda", REMOVAL["object"])
-    prompts = ("a 3d render of a panda", "a cartoon of a panda", "a 3d render of a hamburger")
+def _removal(scores: Mapping[str, ConceptScores], detectors: ConceptDetectors) -> Story:
+    edits = edits_away(scores, detectors, "panda", REMOVAL["object"])
+    prompts = (
+        "a 3d render of a panda on a white background",
+        "a cartoon of a panda on a green background",
+        "a 3d render of a hamburger on a blue background",
+    )
     return Story(
         "An object is removed: no panda where one is asked for, and all else as it was",
         _pairs([(prompt, 7 + i, "− panda", edits) for i, prompt in enumerate(prompts)]),
@@ -165,9 +170,13 @@ def _image(pipe: Any, panel: Panel) -> torch.Tensor:
 
 
 def _told(edit: Mapping[str, Any]) -> dict[str, Any]:
-    """An edit in words that JSON knows; strengths as their largest over the timesteps."""
-    features = {str(j): round(_largest(table), 4) for j, table in edit["features"].items()}
-    return {**edit, "features": features}
+    """An edit in words that JSON knows; strengths as their largest over the timesteps, a rule as its size and bound."""
+    told = {**edit, "features": {str(j): round(_largest(table), 4) for j, table in edit["features"].items()}}
+    rule = told.pop("when", None)
+    if rule is not None:
+        features = len(rule.features)
+        told["when"] = {"adapter_name": rule.adapter_name, "features": features, "above": round(rule.above, 4)}
+    return told
 
 
 def _largest(strength: StrengthTable | StrengthMap) -> float:

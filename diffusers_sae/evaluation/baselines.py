@@ -32,6 +32,9 @@ class WithErrorTerm(LoadedSAE):
         if not any(edit.acts_on(branch) for edit in self.edits):
             return delta
         lost = (self.weight - 1) * (x - self.sae(x))
+        chosen = [edit.chosen_images(context) for edit in self.edits if edit.acts_on(branch)]
+        if all(images is not None for images in chosen):
+            lost = lost * torch.stack(chosen).any(0)[:, None, None]  # type: ignore[arg-type]
         return lost if delta is None else delta + lost
 
 

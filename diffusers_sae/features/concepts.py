@@ -21,6 +21,7 @@ from ..strengths import StrengthMap, StrengthTable
 FILE = "concepts.safetensors"
 
 
+@torch.no_grad()
 def concept_activity(
     pipe: Any,
     saes: Mapping[str, SparseAutoencoder],
@@ -128,7 +129,7 @@ class ConceptScores:
         """What the latents' activity does towards this concept beyond what it does towards the others, `(T, n)`."""
         if self.effect is None:
             raise InputError("No effects lie beside this SAE; measure them, or choose by='activity'.")
-        return self.effect[self.index(concept)]
+        return self.effect[self.index(concept)] - self.effect[self.others(concept)].mean(0)
 
     def choose(self, concept: str, percentile: float = 99.0, by: str = "activity") -> torch.Tensor:
         """`(T, n)` bool: latents whose score lies at or above the percentile of their timestep, and above 0."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from torch import nn
 
+from ..errors import InputError
 from .checksums import write_checksums
 
 ARCHITECTURES: dict[str, type[SparseAutoencoder]] = {}
@@ -65,6 +67,14 @@ class SparseAutoencoder(ModelMixin, ConfigMixin):
     @property
     def provenance(self) -> dict[str, Any]:
         return dict(self.config.get("provenance") or {})
+
+    def checked_feature(self, feature: Any) -> int:
+        """`feature` as an int; raises `InputError` if it is none of this SAE's."""
+        if not isinstance(feature, (int, np.integer)) or isinstance(feature, bool):
+            raise InputError(f"{feature!r} is not a feature; pass its index, 0 to {self.n_latents - 1}.")
+        if not 0 <= feature < self.n_latents:
+            raise InputError(f"Feature {feature} is out of range; this SAE has the features 0 to {self.n_latents - 1}.")
+        return int(feature)
 
     def pre_activations(self, x: torch.Tensor) -> torch.Tensor:
         """`W_enc (x - b_dec) + b_enc`: `(..., d)` -> `(..., n)`, in fp32."""

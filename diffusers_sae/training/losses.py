@@ -10,7 +10,7 @@ from ..saes import SparseAutoencoder
 def fraction_of_variance_unexplained(
     x: torch.Tensor, x_hat: torch.Tensor, weights: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """FVU: `Σ‖x - x̂‖² / Σ‖x - x̄‖²` over the rows `(N, d)` of a batch; `weights (N,)` multiply the terms of both sums."""
+    """FVU: `Σ‖x - x̂‖² / Σ‖x - x̄‖²` over the rows `(N, d)` of a batch, each times its weight `(N,)`."""
     error, spread = (x - x_hat).square().sum(-1), (x - x.mean(0)).square().sum(-1)
     if weights is not None:
         error, spread = error * weights, spread * weights

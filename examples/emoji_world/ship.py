@@ -116,7 +116,7 @@ def main() -> None:
     for site in SITES:
         source, target = args.world / "saes" / site, staging / "saes" / site
         TopKSAE.from_pretrained(source).half().save_pretrained(target)
-        for name in ("statistics.safetensors", "concepts.safetensors", "held_out.json"):
+        for name in ("statistics.safetensors", "concepts.safetensors", "detectors.safetensors", "held_out.json"):
             shutil.copy(source / name, target)
         figures = json.loads((source / "held_out.json").read_text())
         card(
@@ -124,7 +124,8 @@ def main() -> None:
             f"TopK SAE of emoji-sd at {site}",
             "diffusers_sae",
             "A sparse autoencoder of the cond branch's activations at every timestep, with statistics of every latent "
-            "(`statistics.safetensors`) and concept scores (`concepts.safetensors`), both for each timestep.",
+            "(`statistics.safetensors`) and concept scores (`concepts.safetensors`), both for each timestep, and what "
+            "tells the concepts of a prompt at the first step (`detectors.safetensors`).",
             f"on held-out images: FVU {figures['fvu']:.4f}, L0 {figures['l0']:.1f}, "
             f"dead latents {100 * figures['dead']:.2f} %; for each timestep in `held_out.json`.",
         )

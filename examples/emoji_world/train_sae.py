@@ -21,14 +21,15 @@ from tqdm import tqdm
 from diffusers_sae import TopKSAE
 from diffusers_sae.demo.measure_sae import reconstruction
 from diffusers_sae.demo.shipped import CALL, GUIDANCE, SITES, STEPS, load_pipeline
-from diffusers_sae.demo.world import CONCEPT_VALUES, CONCEPTS, sample_captions, sample_scene, scene_with
+from diffusers_sae.demo.world import CONCEPT_VALUES, CONCEPTS, leave_out, sample_captions, sample_scene, scene_with
 from diffusers_sae.features.concepts import ConceptScores, concept_activity
+from diffusers_sae.features.detectors import ConceptDetectors, concept_detectors
 from diffusers_sae.features.effects import concept_effect
 from diffusers_sae.saes import SparseAutoencoder, StatisticsAccumulator
 from diffusers_sae.saes.checksums import write_checksums
 from diffusers_sae.training import StreamingConfig, train_on_stream
 
-CONCEPT_SEED, EFFECT_SEED = 20_000_000, 30_000_000
+CONCEPT_SEED, EFFECT_SEED, DETECTOR_SEED = 20_000_000, 30_000_000, 70_000_000
 
 
 def new_sae(width: int, site: str, args: argparse.Namespace) -> TopKSAE:
@@ -58,6 +59,16 @@ def effects(pipe: Any, saes: Mapping[str, SparseAutoencoder], images: int) -> di
     return {site: torch.stack(each) for site, each in found.items()}
 
 
+def detectors_of(
+    pipe: Any, saes: Mapping[str, SparseAutoencoder], prompts: int, batch_size: int
+) -> dict[str, ConceptDetectors]:
+    """Detectors from captions in which factors are left out at times."""
+    rng = random.Random(DETECTOR_SEED)
+    scenes = [leave_out(sample_scene(rng), rng) for _ in range(prompts)]
+    labelled = [(scene.caption(i), scene.concepts()) for i, scene in enumerate(scenes)]
+    return concept_detectors(pipe, saes, labelled, CONCEPTS, batch_size=batch_size, seed=DETECTOR_SEED, **CALL)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--world", type=Path, default=Path("outputs/emoji_world"))
@@ -65,6 +76,7 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=128)
     parser.add_argument("--concept-images", type=int, default=768)
     parser.add_argument("--effect-images", type=int, default=6)
+    parser.add_argument("--detector-prompts", type=int, default=3072)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--latents", type=int, default=1024)
     parser.add_argument("--k", type=int, default=32)
@@ -83,7 +95,9 @@ def main() -> None:
     labelled = [(scene.caption(i), scene.concepts()) for i, scene in enumerate(scenes)]
     scores = concept_activity(pipe, saes, labelled, CONCEPTS, batch_size=args.batch, seed=CONCEPT_SEED, **CALL)
     towards = effects(pipe, saes, args.effect_images)
+    detectors = detectors_of(pipe, saes, args.detector_prompts, args.batch)
     for site, sae in saes.items():
+        detectors[site].save(args.world / "saes" / site)
         scores[site].effect = towards[site]
         save(sae, statistics[site], scores[site], figures[site], args.world / "saes" / site)
 

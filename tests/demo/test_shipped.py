@@ -9,7 +9,16 @@ from diffusers import StableDiffusionPipeline
 from diffusers_sae import SAESteeringPipeline
 from diffusers_sae.demo.measure_removal import REMOVAL, edits_away
 from diffusers_sae.demo.measure_steering import TOWARDS, edits_towards
-from diffusers_sae.demo.shipped import MODELS, SITES, generate, load_judge, load_pipeline, load_scores, look
+from diffusers_sae.demo.shipped import (
+    MODELS,
+    SITES,
+    generate,
+    load_detectors,
+    load_judge,
+    load_pipeline,
+    load_scores,
+    look,
+)
 
 PROMPTS = ["a 3d render of a panda on a red background", "an ink drawing of a rocket on a yellow background",
            "pixel art of a woman cook with dark skin", "a gift"]  # fmt: skip
@@ -64,7 +73,7 @@ def test_what_changes_nothing_changes_no_bit(bare, pipe, call):
 
 def test_a_batch_is_its_single_runs(pipe):
     load_all(pipe)
-    for edit in edits_away(load_scores(), "panda", REMOVAL["object"]):
+    for edit in edits_away(load_scores(), load_detectors(), "panda", REMOVAL["object"]):
         pipe.steer(**edit)
     batch = run(pipe, PROMPTS)
     for i, prompt in enumerate(PROMPTS):

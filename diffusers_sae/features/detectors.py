@@ -1,0 +1,140 @@
+"""Detectors: linear readings of an SAE's code that tell which concepts a prompt asks for, at the first step already."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from ..capture import stream_activations
+from ..errors import InputError
+from ..rules import Rule
+from ..saes import SparseAutoencoder
+
+FILE = "detectors.safetensors"
+HELD_OUT = 0.25
+RIDGE = 0.01
+RAREST = 0.01
+
+
+@dataclass
+class ConceptDetectors:
+    """For every concept a direction in the mean code of an image and a bound above which the concept is asked for.
+
+    Args:
+        concepts: names.
+        weights: `(C, n)`, in units of 1 / raw activation.
+        bounds: `(C,)`.
+        accuracy: `(C,)`, balanced accuracy on the prompts by which the bounds were chosen.
+    """
+
+    concepts: tuple[str, ...]
+    weights: torch.Tensor
+    bounds: torch.Tensor
+    accuracy: torch.Tensor
+
+    def rule(self, concept: str, adapter_name: str | None = None) -> Rule:
+        """For `steer(..., when=...)`: act on images of prompts that ask for the concept."""
+        if concept not in self.concepts:
+            raise InputError(f"{concept!r} has no detector; choose one of {', '.join(self.concepts)}.")
+        c = self.concepts.index(concept)
+        used = self.weights[c].nonzero().flatten().tolist()
+        weights = self.weights[c, used].tolist()
+        return Rule(dict(zip(used, weights, strict=True)), self.bounds[c].item(), adapter_name)
+
+    def save(self, folder: Path) -> None:
+        """Write `detectors.safetensors` into an SAE's folder."""
+        tensors = {key: getattr(self, key).contiguous() for key in ("weights", "bounds", "accuracy")}
+        save_file(tensors, folder / FILE, metadata={"concepts": json.dumps(self.concepts)})
+
+    @classmethod
+    def load(cls, folder: str | Path) -> ConceptDetectors:
+        """Read what `save` wrote."""
+        path = Path(folder) / FILE
+        try:
+            with safe_open(path, "pt") as file:
+                concepts = tuple(json.loads(file.metadata()["concepts"]))
+                return cls(concepts, *(file.get_tensor(key) for key in ("weights", "bounds", "accuracy")))
+        except (OSError, SafetensorError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{path} cannot be read as concept detectors ({error}); compute or fetch them again."
+            ) from None
+
+
+@torch.no_grad()
+def concept_detectors(
+    pipe: Any,
+    saes: Mapping[str, SparseAutoencoder],
+    labelled: Sequence[tuple[str, Sequence[str]]],
+    concepts: Iterable[str],
+    *,
+    batch_size: int = 16,
+    seed: int = 0,
+    **call: Any,
+) -> dict[str, ConceptDetectors]:
+    """Detectors for `{site: SAE}` from the first denoising step of labelled prompts; no image is finished for them.
+
+    A concept's direction is the ridge regression of its label on the standardised mean code, fitted on three quarters
+    of the prompts (for two classes this is Fisher's discriminant). Its bound is where balanced accuracy is highest on
+    the rest.
+
+    Args:
+        labelled: prompts, each with the concepts that it names.
+        call: goes to the pipeline (`num_inference_steps`, `guidance_scale`, ...).
+    """
+    names = tuple(concepts)
+    labels = torch.tensor([[name in named for name in names] for _, named in labelled])  # (N, C)
+    fitted = int((1 - HELD_OUT) * len(labelled))
+    parts = (labels[:fitted], labels[fitted:])
+    unseen = [name for c, name in enumerate(names) if not all(part[:, c].any() for part in parts)]
+    if unseen:
+        raise InputError(f"Too few prompts name {', '.join(unseen)}; add some, or leave those concepts out.")
+    codes: dict[str, list[torch.Tensor]] = {site: [] for site in saes}
+    stream = stream_activations(
+        pipe, list(saes), [prompt for prompt, _ in labelled], batch_size=batch_size, seed=seed,
+        callback_on_step_end=_stop, **call,
+    )  # fmt: skip
+    for batch in tqdm(stream, total=-(-len(labelled) // batch_size), desc="detectors", mininterval=5):
+        for site, sae in saes.items():
+            codes[site].append(sae.encode(batch.rows(site)[0][0]).mean(1))  # (images, n)
+    return {site: _fit(torch.cat(code), labels, fitted, names) for site, code in codes.items()}
+
+
+def _stop(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    pipe._interrupt = True
+    return tensors
+
+
+def _fit(codes: torch.Tensor, labels: torch.Tensor, fitted: int, names: tuple[str, ...]) -> ConceptDetectors:
+    """Detectors from codes `(N, n)` and labels `(N, C)`, of which the first `fitted` are fitted."""
+    x, y = codes[:fitted].double(), labels[:fitted].double()
+    used = (x > 0).double().mean(0) >= RAREST
+    spread = x[:, used].std(0)
+    standard = (x[:, used] - x[:, used].mean(0)) / spread
+    penalty = RIDGE * fitted * torch.eye(standard.shape[1], dtype=x.dtype)
+    solution = torch.linalg.solve(standard.T @ standard + penalty, standard.T @ (y - y.mean(0)))  # (used, C)
+    weights = torch.zeros(len(names), codes.shape[1])
+    weights[:, used] = (solution / spread[:, None]).T.float()
+    scores = codes[fitted:] @ weights.T
+    chosen = [_bound(scores[:, c], labels[fitted:, c]) for c in range(len(names))]
+    bounds, accuracy = torch.tensor(chosen).T
+    return ConceptDetectors(names, weights, bounds, accuracy)
+
+
+def _bound(scores: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
+    """The bound on scores `(N,)` with the highest balanced accuracy, in the middle of its gap, and that accuracy."""
+    order = scores.argsort()
+    ranked, positive = scores[order], labels[order].double()
+    missed = positive.cumsum(0) / positive.sum()
+    rejected = (1 - positive).cumsum(0) / (1 - positive).sum()
+    balanced = (1 - missed + rejected)[:-1] / 2  # of a bound between i and i + 1
+    best = (balanced >= balanced.max() - 1e-12).nonzero().flatten()
+    i = int(best[len(best) // 2])
+    return float(ranked[i : i + 2].mean()), float(balanced[i])
