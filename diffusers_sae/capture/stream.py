@@ -46,13 +46,17 @@ def stream_activations(
     batch_size: int = 16,
     seed: int = 0,
     skip: int = 0,
+    first_step_only: bool = False,
     **call: Any,
 ) -> Iterator[StreamBatch]:
     """Generate latents for `prompts` and yield what the sites held, a batch of prompts at a time.
 
     Image `i` starts from the noise of seed `seed + i`, whatever the batch size, so that a run can be resumed:
-    `skip` leaves out the first images. `call` goes to the pipeline (`num_inference_steps`, `guidance_scale`, ...).
+    `skip` leaves out the first images. With `first_step_only`, the rest of the denoising is left out. `call` goes to
+    the pipeline (`num_inference_steps`, `guidance_scale`, ...).
     """
+    if first_step_only:
+        call["callback_on_step_end"] = _stop
     stream = islice(iter(prompts), skip, None)
     first = skip
     while batch := list(islice(stream, batch_size)):
@@ -61,6 +65,11 @@ def stream_activations(
             pipe(batch, generator=generators, output_type="latent", **call)
         yield StreamBatch(batch, first, dict(activations))
         first += len(batch)
+
+
+def _stop(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    pipe._interrupt = True
+    return tensors
 
 
 class ShuffleBuffer:

@@ -7,11 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+import torch
+
+from ..capture import stream_activations
 from ..evaluation.unlearning import Outcome
 from ..features.concepts import ConceptScores
 from ..features.detectors import ConceptDetectors
 from .judge import Judge
-from .shipped import SITES, generate, look
+from .shipped import CALL, SITES, generate, look
 from .world import CONCEPTS, Scene, grid
 
 SEED = 60_000_000
@@ -73,6 +76,14 @@ def cells_of(target: str, images: int) -> list[tuple[int, Scene]]:
     inside = [c for c in cells if getattr(c[1], factor) == target]
     outside = [c for c in cells if getattr(c[1], factor) != target]
     return rng.sample(inside, min(images, len(inside))) + rng.sample(outside, images)
+
+
+def first_steps(pipe: Any, site: str) -> torch.Tensor:
+    """What a site holds at the first step of every cell's image, `(cells, P, d)`: what rules decide by."""
+    stream = stream_activations(
+        pipe, [site], [s.caption() for s in grid()], batch_size=32, seed=SEED, first_step_only=True, **CALL
+    )
+    return torch.cat([batch.rows(site)[0][0] for batch in stream])
 
 
 class Sighting(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from ..evaluation.baselines import ERROR_TERMS, load_with_error_term
@@ -17,7 +19,7 @@ from ..evaluation.shares import Share
 from ..evaluation.unlearning import UnlearningAccuracy, unlearning_accuracy
 from ..saes import TopKSAE
 from ..saes.checksums import sha256
-from . import measure_model, measure_sae, measure_steering
+from . import measure_model, measure_removal, measure_sae, measure_steering
 from .measure_removal import REMOVAL, Removal, Sighting, cells_of, edits_away, outcomes, sightings
 from .shipped import MODELS, SITES, load_detectors, load_judge, load_pipeline, load_scores
 from .world import CONCEPTS, FACTORS, Scene, grid
@@ -25,6 +27,7 @@ from .world import CONCEPTS, FACTORS, Scene, grid
 COMMON: dict[str, tuple[Any, ...]] = {
     "sites": (SITES[:1], SITES[1:], SITES),
     "by": ("activity", "effect", "difference"),
+    "ruled": (True, False),
     "error_term": tuple(ERROR_TERMS),
 }
 VARIATIONS: dict[str, dict[str, tuple[Any, ...]]] = {
@@ -127,8 +130,15 @@ class Quality:
         how, targets, cells = REMOVAL[domain], FACTORS[domain], list(enumerate(grid()))
         each = {t: self._removal([t], how, lambda _: cells) for t in tqdm(targets, desc=f"removal of {domain}s")}
         total = sum(list(each.values())[1:], each[targets[0]])
-        figures = {target: result.as_dict() for target, result in each.items()}
+        figures = {target: {**result.as_dict(), **self._detection(target)} for target, result in each.items()}
         return {"how": how.as_dict(), **total.as_dict(), "targets": figures}
+
+    def _detection(self, target: str) -> dict[str, Any]:
+        """Shares of the target's and of the other cells in which the detector finds it."""
+        shares = {True: Share(), False: Share()}
+        for cell, found in zip(grid(), self._found(target), strict=True):
+            shares[getattr(cell, CONCEPTS[target]) == target].count(found)
+        return {"found": shares[True].as_dict(), "false_alarms": shares[False].as_dict()}
 
     def _bare_grid(self) -> list[Sighting]:
         record = self._ledger.get("bare grid", lambda: self._sightings(list(enumerate(grid()))))
@@ -140,6 +150,9 @@ class Quality:
 
     def _removal_of(self, target: str, how: Removal, cells: Cells) -> UnlearningAccuracy:
         bare = self._bare_grid()
+        touched = [c for c in cells if not how.ruled or self._found(target)[c[0]]]
+        # images that the rule leaves alone are bit-identical to the bare ones and are not made again
+        untouched = [bare[i] for i, _ in cells if i not in {j for j, _ in touched}]
 
         def measure() -> list[Sighting]:
             try:
@@ -147,12 +160,21 @@ class Quality:
                     load_with_error_term(self._pipe, sae, site, site, how.error_term)
                 for edit in edits_away(self._scores, self._detectors, target, how):
                     self._pipe.steer(**edit)
-                return self._sightings(cells)
+                return self._sightings(touched)
             finally:
                 self._pipe.unload_sae()
 
         record = self._ledger.get(f"away {target} {json.dumps(how.as_dict())} {len(cells)}", measure)
-        return unlearning_accuracy(outcomes((Sighting(*s) for s in record), bare), CONCEPTS[target], target)
+        seen = [Sighting(*s) for s in record] + untouched
+        return unlearning_accuracy(outcomes(seen, bare), CONCEPTS[target], target)
+
+    @functools.cached_property
+    def _first_steps(self) -> torch.Tensor:
+        return measure_removal.first_steps(self._pipe, SITES[0])
+
+    def _found(self, target: str) -> list[bool]:
+        """For every cell of the grid, whether the detector finds the target in it."""
+        return self._detectors.rule(target).holds(self._saes[SITES[0]], self._first_steps).tolist()
 
     def _sightings(self, cells: Cells) -> list[Sighting]:
         return sightings(self._pipe, self._judge, cells)

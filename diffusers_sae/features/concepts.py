@@ -184,7 +184,9 @@ class ConceptScores:
         tensors = {"timesteps": self.timesteps, "activity": self.activity.half()}
         tensors["places"] = self.places.to(torch.float8_e4m3fn)  # of 0 to P, to 6 %
         if self.effect is not None:
-            tensors["effect"] = self.effect.half()
+            unit = self.effect.abs().amax((1, 2), keepdim=True).clamp(min=1e-12)  # (C, 1, 1)
+            tensors["effect"] = (448 / unit * self.effect).to(torch.float8_e4m3fn)  # to 6 %, 448 is the type's largest
+            tensors["effect_unit"] = unit / 448
         names = {key: json.dumps(getattr(self, key)) for key in ("concepts", "groups", "grid")}
         save_file({k: v.contiguous() for k, v in tensors.items()}, folder / FILE, metadata=names)
 
@@ -196,6 +198,8 @@ class ConceptScores:
             with safe_open(path, "pt") as file:
                 names = file.metadata()
                 tensors = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
+            if "effect" in tensors:
+                tensors["effect"] *= tensors.pop("effect_unit")
             texts = {key: tuple(json.loads(names[key])) for key in ("concepts", "groups", "grid")}
             return cls(**{**texts, **tensors})  # type: ignore[arg-type]
         except (OSError, SafetensorError, KeyError, TypeError) as error:

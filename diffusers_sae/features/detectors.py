@@ -99,17 +99,12 @@ def concept_detectors(
     codes: dict[str, list[torch.Tensor]] = {site: [] for site in saes}
     stream = stream_activations(
         pipe, list(saes), [prompt for prompt, _ in labelled], batch_size=batch_size, seed=seed,
-        callback_on_step_end=_stop, **call,
+        first_step_only=True, **call,
     )  # fmt: skip
     for batch in tqdm(stream, total=-(-len(labelled) // batch_size), desc="detectors", mininterval=5):
         for site, sae in saes.items():
             codes[site].append(sae.encode(batch.rows(site)[0][0]).mean(1))  # (images, n)
     return {site: _fit(torch.cat(code), labels, fitted, names) for site, code in codes.items()}
-
-
-def _stop(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-    pipe._interrupt = True
-    return tensors
 
 
 def _fit(codes: torch.Tensor, labels: torch.Tensor, fitted: int, names: tuple[str, ...]) -> ConceptDetectors:

@@ -23,13 +23,16 @@ def aux_k_loss(
     """AuxK (Gao et al., 2024, appendix A.2): dead latents model the error that the live ones leave.
 
     The residual `x - x̂` is a constant here, and its model has no decoder bias, since x̂ has had it already. Scaled
-    like the FVU of that residual. `dead (n,)` marks latents that have not fired for long.
+    like the FVU of that residual. `dead (n,)` marks latents that have not fired for long. Unlike in the paper,
+    gradients pass the ReLU straight through, since a latent whose pre-activation is negative on every row would have
+    none and stay dead; and no row takes more than a quarter of the dead, so that few of them are told apart too.
     """
     residual = (x - x_hat).detach()
-    k = min(k_aux, int(dead.sum()))
+    k = min(k_aux, -(-int(dead.sum()) // 4))
     if k == 0:
         return x.new_zeros(())
     pre = sae.pre_activations(x).masked_fill(~dead, float("-inf"))
     values, indices = pre.topk(k, dim=-1, sorted=False)
-    rows = torch.nn.functional.embedding_bag(indices, sae.W_dec, per_sample_weights=values.relu(), mode="sum")
+    values = values + (values.relu() - values).detach()
+    rows = torch.nn.functional.embedding_bag(indices, sae.W_dec, per_sample_weights=values, mode="sum")
     return (residual - rows).square().sum() / residual.square().sum().clamp(min=1e-12)

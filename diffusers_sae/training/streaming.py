@@ -91,6 +91,13 @@ def train_on_stream(
     return {site: run.trainer.finish() for site, run in runs.items() if run.trainer is not None}
 
 
+def timestep_weights(rows: torch.Tensor) -> torch.Tensor:
+    """One over the variance of each timestep, for rows `(T, images, P, d)`, as `(T, images, P, 1)`."""
+    variance = rows.flatten(1, 2).var(1).sum(-1)  # (T,)
+    weights = variance.mean() / variance.clamp(min=1e-12)
+    return weights[:, None, None, None].expand_as(rows[..., :1])
+
+
 class _SiteRun:
     """One site's buffer, trainer and checkpoint."""
 
@@ -115,7 +122,8 @@ class _SiteRun:
     def feed(self, rows: torch.Tensor) -> None:
         """Take one batch of rows `(T, images, P, d)` in and make the steps that are due for it."""
         config, count = self._config, rows[..., 0].numel()
-        weighted = torch.cat([rows, self._weights(rows)], -1)
+        weights = timestep_weights(rows) if config.balance else torch.ones_like(rows[..., :1])
+        weighted = torch.cat([rows, weights], -1)
         if self.trainer is None:
             self._buffer = ShuffleBuffer(config.buffer, weighted.shape[-1])
             self._buffer.add(weighted)
@@ -131,14 +139,6 @@ class _SiteRun:
             sample = self._buffer.sample(config.rows)
             self.figures = self.trainer.step(sample[:, :-1], sample[:, -1])
             self._owed -= 1
-
-    def _weights(self, rows: torch.Tensor) -> torch.Tensor:
-        """How much each row counts, `(T, images, P, 1)`."""
-        if not self._config.balance:
-            return torch.ones_like(rows[..., :1])
-        variance = rows.flatten(1, 2).var(1).sum(-1)  # (T,)
-        weights = variance.mean() / variance.clamp(min=1e-12)
-        return weights[:, None, None, None].expand_as(rows[..., :1])
 
     def save(self, images: int) -> None:
         assert self.trainer is not None

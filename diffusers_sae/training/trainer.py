@@ -27,9 +27,9 @@ class TrainingConfig:
 
     steps: int
     batch_size: int = 2048
-    lr: float = 6e-3
+    lr: float = 8e-3
     warmup: float = 0.02
-    decay: float = 0.3
+    decay: float = 0.5
     k_aux: int = 64
     aux_weight: float = 1 / 32
     dead_after: int = 100_000

@@ -32,7 +32,7 @@ from diffusers_sae.training import StreamingConfig, train_on_stream
 CONCEPT_SEED, EFFECT_SEED, DETECTOR_SEED = 20_000_000, 30_000_000, 70_000_000
 
 
-def new_sae(width: int, site: str, args: argparse.Namespace) -> TopKSAE:
+def new_sae(width: int, n_latents: int, site: str, args: argparse.Namespace) -> TopKSAE:
     origin = {
         "site": {"path": site, "kind": "output", "stream": "image", "layout": "positions"},
         "base_model": "emoji-sd",
@@ -43,7 +43,7 @@ def new_sae(width: int, site: str, args: argparse.Namespace) -> TopKSAE:
         "resolution": 64,
         "training_images": args.images,
     }
-    return TopKSAE(width, args.latents, args.k, provenance=origin)
+    return TopKSAE(width, n_latents, args.k, provenance=origin)
 
 
 def effects(pipe: Any, saes: Mapping[str, SparseAutoencoder], images: int) -> dict[str, torch.Tensor]:
@@ -75,17 +75,18 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1536)
     parser.add_argument("--held-out", type=int, default=128)
     parser.add_argument("--concept-images", type=int, default=768)
-    parser.add_argument("--effect-images", type=int, default=6)
+    parser.add_argument("--effect-images", type=int, default=4)
     parser.add_argument("--detector-prompts", type=int, default=3072)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--latents", type=int, default=1024)
+    parser.add_argument("--latents", type=int, nargs=len(SITES), default=(1536, 1024), help="one number a site")
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--reuse", type=float, default=4.0)
     args = parser.parse_args()
     keep_freed_memory()
     torch.manual_seed(0)
     pipe = load_pipeline(args.world / "emoji-sd")
-    makers = {site: lambda width, site=site: new_sae(width, site, args) for site in SITES}
+    sizes = dict(zip(SITES, args.latents, strict=True))
+    makers = {site: lambda width, site=site: new_sae(width, sizes[site], site, args) for site in SITES}
     config = StreamingConfig(args.images, args.batch, rows=512, reuse=args.reuse)
     captions = sample_captions(args.images, seed=0)
     saes = train_on_stream(pipe, makers, captions, config, args.world / "training" / "sae", **CALL)

@@ -24,6 +24,14 @@ def test_stream_holds_what_the_pipeline_held(sd):
         batches[0].rows(SITE, "perturbed")
 
 
+def test_the_first_step_alone_is_the_first_of_all(sd):
+    whole = next(stream_activations(sd.pipe, [SITE], PROMPTS, **CALL))
+    first = next(stream_activations(sd.pipe, [SITE], PROMPTS, first_step_only=True, **CALL))
+    rows, timesteps = first.rows(SITE)
+    assert timesteps.tolist() == whole.rows(SITE)[1][:1].tolist()
+    assert torch.equal(rows[0], whole.rows(SITE)[0][0])
+
+
 def test_skipping_resumes_with_the_same_images(sd):
     whole = list(stream_activations(sd.pipe, [SITE], PROMPTS, batch_size=1, **CALL))
     rest = list(stream_activations(sd.pipe, [SITE], PROMPTS, batch_size=1, skip=3, **CALL))

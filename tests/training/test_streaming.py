@@ -8,6 +8,7 @@ from conftest import SITE, Harness
 
 from diffusers_sae import InputError, TopKSAE
 from diffusers_sae.training import StreamingConfig, train_on_stream
+from diffusers_sae.training.streaming import timestep_weights
 
 CALL = {"num_inference_steps": 3, "guidance_scale": 5.0, "height": 16, "width": 16}
 SITES = (SITE, "unet.mid_block")
@@ -26,13 +27,21 @@ def run(folder, words=None, config=CONFIG):
     )
 
 
+def test_timesteps_weigh_alike_however_much_they_vary():
+    rows = torch.randn(3, 50, 4, 8) * torch.tensor([1.0, 5.0, 0.2])[:, None, None, None]
+    weights = timestep_weights(rows)
+    assert weights.shape == (3, 50, 4, 1)
+    weighted = (weights * (rows - rows.mean((1, 2), keepdim=True)).square()).sum((1, 2, 3))
+    torch.testing.assert_close(weighted, weighted.mean().expand(3))
+
+
 def test_every_site_gets_an_sae_that_has_learned(tmp_path):
     saes = run(tmp_path)
     assert {site: sae.d_in for site, sae in saes.items()} == {SITE: 8, "unet.mid_block": 16}
     for site in SITES:
         log = [json.loads(line) for line in (tmp_path / f"{site}.jsonl").read_text().splitlines()]
         assert [entry["images"] for entry in log] == [8, 16, 24]
-        assert log[-1]["fvu"] < 0.8 * log[0]["fvu"]
+        assert log[-1]["fvu"] < 0.9 * log[0]["fvu"]
         state = torch.load(tmp_path / f"{site}.pt", weights_only=True)
         rows = 24 * 3 * (64 if site == SITE else 16)
         assert state["step_count"] == state["config"]["steps"] == int(rows * 8 / 128)

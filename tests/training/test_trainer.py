@@ -47,6 +47,12 @@ def test_fvu_of_the_mean_is_one_and_of_the_data_zero():
     torch.testing.assert_close(fraction_of_variance_unexplained(x, x.mean(0).expand_as(x)), torch.tensor(1.0))
 
 
+def test_weights_multiply_the_terms_of_fvu():
+    x, x_hat, w = torch.randn(50, 4).double() + 3, torch.randn(50, 4).double(), torch.rand(50).double()
+    error, spread = ((x - x_hat) ** 2).sum(1), ((x - x.mean(0)) ** 2).sum(1)
+    torch.testing.assert_close(fraction_of_variance_unexplained(x, x_hat, w), (w * error).sum() / (w * spread).sum())
+
+
 def test_aux_loss_equals_its_definition():
     sae = random_sae()
     x = torch.randn(20, 8)
@@ -54,7 +60,7 @@ def test_aux_loss_equals_its_definition():
     residual = (x - sae(x)).detach()
     pre = ((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc).masked_fill(~dead, -torch.inf)
     code = torch.zeros(20, 32)
-    top = pre.topk(5)
+    top = pre.topk(4)  # a quarter of the 16 dead
     code.scatter_(1, top.indices, top.values.relu())
     expected = (residual - code @ sae.W_dec).square().sum() / residual.square().sum()
     loss = aux_k_loss(sae, x, sae(x), dead, 5)
@@ -87,14 +93,14 @@ def test_dead_latents_are_revived():
     def dead_share(weight):
         torch.manual_seed(0)
         sae = TopKSAE(32, 64, 3)
-        sae.b_enc.data[32:] = -3.0  # half of them never come under the first three
+        sae.b_enc.data[32:] = -9.0  # half of them are negative on every row
         trainer, data = trainer_for(sae, steps=600, aux_weight=weight, lr=4e-3)
         for _ in range(600):
             trainer.step(data[torch.randint(0, 4096, (256,))])
         trainer.finish()
         return (sae.encode(data) > 0).any(0).logical_not().float().mean().item()
 
-    assert dead_share(1 / 32) < dead_share(0.0)
+    assert dead_share(0.0) == 0.5 and dead_share(1 / 32) < 0.05
 
 
 def test_resumed_training_equals_uninterrupted(tmp_path):
