@@ -28,8 +28,8 @@ class StreamingConfig:
         reuse: how often a row is drawn, on average.
         buffer: rows that each site's shuffle buffer holds.
         branch: guidance branch whose rows are learned.
-        balance: whether rows are weighted by one over the variance of their timestep, so that every timestep counts
-            alike.
+        balance: whether rows are weighted by one over the variance of their timestep, and timesteps with the highest
+            FVU more than the others, so that none is left behind.
         checkpoint_every: images between checkpoints.
         seed: image i starts from the noise of seed `seed + i`.
     """
@@ -88,7 +88,7 @@ def train_on_stream(
                     run.save(done)
             if done >= config.images:
                 break
-    return {site: run.trainer.finish() for site, run in runs.items() if run.trainer is not None}
+    return {site: run.finished() for site, run in runs.items()}
 
 
 def timestep_weights(rows: torch.Tensor) -> torch.Tensor:
@@ -123,22 +123,31 @@ class _SiteRun:
         """Take one batch of rows `(T, images, P, d)` in and make the steps that are due for it."""
         config, count = self._config, rows[..., 0].numel()
         weights = timestep_weights(rows) if config.balance else torch.ones_like(rows[..., :1])
-        weighted = torch.cat([rows, weights], -1)
+        groups = torch.arange(len(rows) if config.balance else 1)[:, None, None, None].expand_as(weights)
+        labelled = torch.cat([rows, weights, groups], -1)
         if self.trainer is None:
-            self._buffer = ShuffleBuffer(config.buffer, weighted.shape[-1])
-            self._buffer.add(weighted)
+            self._buffer = ShuffleBuffer(config.buffer, labelled.shape[-1])
+            self._buffer.add(labelled)
             total = config.images * count / rows.shape[1] * config.reuse / config.rows
-            settings = TrainingConfig(steps=int(total), batch_size=config.rows, **self._training)
-            self.trainer = SAETrainer(self._make(rows.shape[-1]), settings, self._buffer.rows[:, :-1])
+            settings = TrainingConfig(
+                steps=int(total), batch_size=config.rows, groups=int(groups.max()) + 1, **self._training
+            )
+            self.trainer = SAETrainer(self._make(rows.shape[-1]), settings, self._buffer.rows[:, :-2])
             if self._checkpoint.exists():
                 self.trainer.restore(self._checkpoint)
         else:
-            self._buffer.add(weighted)
+            self._buffer.add(labelled)
         self._owed += count * config.reuse / config.rows
         while self._owed >= 1 and self.trainer.step_count < self.trainer.config.steps:
             sample = self._buffer.sample(config.rows)
-            self.figures = self.trainer.step(sample[:, :-1], sample[:, -1])
+            self.figures = self.trainer.step(sample[:, :-2], sample[:, -2], sample[:, -1].long())
             self._owed -= 1
+
+    def finished(self) -> SparseAutoencoder:
+        """The trained SAE; the checkpoint's, if that had seen all images."""
+        if self.trainer is None:
+            self.trainer = SAETrainer.from_checkpoint(self._checkpoint, self._make)
+        return self.trainer.finish()
 
     def save(self, images: int) -> None:
         assert self.trainer is not None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from ..saes import SparseAutoencoder
-from .losses import aux_k_loss, fraction_of_variance_unexplained
+from .losses import WorstGroup, aux_k_loss, squares
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class TrainingConfig:
         warmup, decay: shares of the run for the linear rise and the linear fall of the rate.
         k_aux, aux_weight, dead_after: AuxK: latents that model the residual, weight of that loss, and the rows without
             firing after which a latent counts as dead.
+        groups, group_rate: number of groups of rows whose worst FVU is pressed down, and how fast their weights follow.
         centre: `geometric_median` or `mean`: where the decoder bias starts.
     """
 
@@ -33,6 +35,8 @@ class TrainingConfig:
     k_aux: int = 64
     aux_weight: float = 1 / 32
     dead_after: int = 100_000
+    groups: int = 1
+    group_rate: float = 0.01
     centre: str = "geometric_median"
 
 
@@ -55,16 +59,22 @@ class SAETrainer:
     biases, which suffices since every architecture here is positively homogeneous.
     """
 
-    def __init__(self, sae: SparseAutoencoder, config: TrainingConfig, sample: torch.Tensor) -> None:
-        """`sample (N, d)`: rows that centre and scale are taken from."""
+    def __init__(self, sae: SparseAutoencoder, config: TrainingConfig, sample: torch.Tensor | None) -> None:
+        """`sample (N, d)`: rows that centre and scale are taken from; none are needed if `restore` follows."""
         self.sae, self.config = sae, config
-        centre = geometric_median(sample) if config.centre == "geometric_median" else sample.mean(0)
-        self.scale = float((sae.d_in / (sample - centre).square().sum(-1).mean()).sqrt())
-        with torch.no_grad():
-            sae.b_dec.copy_(centre * self.scale)
+        self.scale = 1.0 if sample is None else self._centre_and_scale(sample)
         self.optimizer = torch.optim.Adam(sae.parameters(), lr=config.lr, betas=(0.9, 0.999), fused=True)
         self.step_count = 0
         self.rows_since_fired = torch.zeros(sae.n_latents, dtype=torch.long)
+        self.worst = WorstGroup(config.groups, config.group_rate)
+
+    def _centre_and_scale(self, sample: torch.Tensor) -> float:
+        sae, config = self.sae, self.config
+        centre = geometric_median(sample) if config.centre == "geometric_median" else sample.mean(0)
+        scale = float((sae.d_in / (sample - centre).square().sum(-1).mean()).sqrt())
+        with torch.no_grad():
+            sae.b_dec.copy_(centre * scale)
+        return scale
 
     def rate(self) -> float:
         """Share of the peak rate at this step."""
@@ -72,19 +82,26 @@ class SAETrainer:
         rise = min(1.0, (self.step_count + 1) / max(1.0, self.config.warmup * self.config.steps))
         return rise * min(1.0, max(0.0, (1 - done) / self.config.decay))
 
-    def step(self, rows: torch.Tensor, weights: torch.Tensor | None = None) -> dict[str, float]:
+    def step(
+        self, rows: torch.Tensor, weights: torch.Tensor | None = None, groups: torch.Tensor | None = None
+    ) -> dict[str, float]:
         """One step on raw rows `(N, d)`; returns the FVU, the AuxK loss and the share of dead latents.
 
-        `weights (N,)` say how much each row counts in the FVU.
+        `weights (N,)` say how much each row counts in the FVU, `groups (N,)` which of `config.groups` it is in.
         """
         sae, config = self.sae, self.config
         x = rows * self.scale
         code = sae.encode_sparse(x)
         x_hat = sae.decode_sparse(code)
-        fvu = fraction_of_variance_unexplained(x, x_hat, weights)
+        error, spread = squares(x, x_hat)
+        if weights is not None:
+            error, spread = error * weights, spread * weights
+        parts = error / spread.sum()  # (N,), the FVU in its rows' parts
+        fvu = parts.sum()
+        minimised = fvu if groups is None else parts @ self.worst.update(len(parts) * parts, groups)
         dead = self.rows_since_fired >= config.dead_after
         aux = aux_k_loss(sae, x, x_hat, dead, config.k_aux)
-        loss = fvu + config.aux_weight * aux
+        loss = minimised + config.aux_weight * aux
         if not torch.isfinite(loss):
             raise FloatingPointError(f"The loss is {loss.item()} at step {self.step_count}; lower the rate.")
         loss.backward()
@@ -116,12 +133,21 @@ class SAETrainer:
             "scale": self.scale,
             "step_count": self.step_count,
             "rows_since_fired": self.rows_since_fired,
+            "group_weights": self.worst.weights,
             "config": asdict(self.config),
             "position": position,
         }
         partial = path.with_suffix(".part")
         torch.save(state, partial)
         partial.rename(path)
+
+    @classmethod
+    def from_checkpoint(cls, path: Path, make_sae: Callable[[int], SparseAutoencoder]) -> SAETrainer:
+        """A trainer as it was saved; `make_sae` gives a new SAE of a width."""
+        state = torch.load(path, weights_only=True, mmap=True)
+        trainer = cls(make_sae(state["sae"]["b_dec"].numel()), TrainingConfig(**state["config"]), None)
+        trainer.restore(path)
+        return trainer
 
     @staticmethod
     def position(path: Path) -> dict[str, int]:
@@ -139,6 +165,7 @@ class SAETrainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scale, self.step_count = state["scale"], state["step_count"]
         self.rows_since_fired = state["rows_since_fired"]
+        self.worst.weights = state["group_weights"]
         return state["position"]
 
 

@@ -27,6 +27,13 @@ def run(folder, words=None, config=CONFIG):
     )
 
 
+def test_a_run_that_is_done_gives_its_saes_again(tmp_path):
+    first, again = run(tmp_path), run(tmp_path)
+    for site in SITES:
+        for a, b in zip(first[site].parameters(), again[site].parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
 def test_timesteps_weigh_alike_however_much_they_vary():
     rows = torch.randn(3, 50, 4, 8) * torch.tensor([1.0, 5.0, 0.2])[:, None, None, None]
     weights = timestep_weights(rows)
