@@ -7,34 +7,14 @@ import torch
 from ..saes import SparseAutoencoder
 
 
-def fraction_of_variance_unexplained(x: torch.Tensor, x_hat: torch.Tensor) -> torch.Tensor:
-    """FVU: `Σ‖x - x̂‖² / Σ‖x - x̄‖²` over the rows `(N, d)` of a batch."""
-    error, spread = squares(x, x_hat)
+def fraction_of_variance_unexplained(
+    x: torch.Tensor, x_hat: torch.Tensor, weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """FVU: `Σ‖x - x̂‖² / Σ‖x - x̄‖²` over the rows `(N, d)` of a batch, each times its weight `(N,)`."""
+    error, spread = (x - x_hat).square().sum(-1), (x - x.mean(0)).square().sum(-1)
+    if weights is not None:
+        error, spread = error * weights, spread * weights
     return error.sum() / spread.sum()
-
-
-def squares(x: torch.Tensor, x_hat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The terms of the FVU of each row, `‖x - x̂‖²` and `‖x - x̄‖²`, both `(N,)`."""
-    return (x - x_hat).square().sum(-1), (x - x.mean(0)).square().sum(-1)
-
-
-class WorstGroup:
-    """Weights of groups that grow where a group's loss is high, as group DRO does (Sagawa et al., 2019, algorithm 1).
-
-    After every batch each weight is multiplied by `exp(rate · mean loss of the group)`, and all are scaled to a mean
-    of 1.
-    """
-
-    def __init__(self, groups: int, rate: float) -> None:
-        self.rate, self.weights = rate, torch.ones(groups)
-
-    def update(self, loss: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
-        """The rows' weights `(N,)` now, from the loss `(N,)` and the group `(N,)` of each."""
-        counts = torch.bincount(groups, minlength=len(self.weights))
-        sums = torch.bincount(groups, loss.detach(), minlength=len(self.weights)).float()
-        self.weights *= (self.rate * sums / counts.clamp(min=1)).exp()
-        self.weights /= self.weights.mean()
-        return self.weights[groups]
 
 
 def aux_k_loss(

@@ -28,8 +28,8 @@ class StreamingConfig:
         reuse: how often a row is drawn, on average.
         buffer: rows that each site's shuffle buffer holds.
         branch: guidance branch whose rows are learned.
-        balance: whether rows are weighted by one over the variance of their timestep, and timesteps with the highest
-            FVU more than the others, so that none is left behind.
+        balance: whether rows are weighted by one over the variance of their timestep, so that every timestep counts
+            alike.
         checkpoint_every: images between checkpoints.
         seed: image i starts from the noise of seed `seed + i`.
     """
@@ -123,24 +123,21 @@ class _SiteRun:
         """Take one batch of rows `(T, images, P, d)` in and make the steps that are due for it."""
         config, count = self._config, rows[..., 0].numel()
         weights = timestep_weights(rows) if config.balance else torch.ones_like(rows[..., :1])
-        groups = torch.arange(len(rows) if config.balance else 1)[:, None, None, None].expand_as(weights)
-        labelled = torch.cat([rows, weights, groups], -1)
+        weighted = torch.cat([rows, weights], -1)
         if self.trainer is None:
-            self._buffer = ShuffleBuffer(config.buffer, labelled.shape[-1])
-            self._buffer.add(labelled)
+            self._buffer = ShuffleBuffer(config.buffer, weighted.shape[-1])
+            self._buffer.add(weighted)
             total = config.images * count / rows.shape[1] * config.reuse / config.rows
-            settings = TrainingConfig(
-                steps=int(total), batch_size=config.rows, groups=int(groups.max()) + 1, **self._training
-            )
-            self.trainer = SAETrainer(self._make(rows.shape[-1]), settings, self._buffer.rows[:, :-2])
+            settings = TrainingConfig(steps=int(total), batch_size=config.rows, **self._training)
+            self.trainer = SAETrainer(self._make(rows.shape[-1]), settings, self._buffer.rows[:, :-1])
             if self._checkpoint.exists():
                 self.trainer.restore(self._checkpoint)
         else:
-            self._buffer.add(labelled)
+            self._buffer.add(weighted)
         self._owed += count * config.reuse / config.rows
         while self._owed >= 1 and self.trainer.step_count < self.trainer.config.steps:
             sample = self._buffer.sample(config.rows)
-            self.figures = self.trainer.step(sample[:, :-2], sample[:, -2], sample[:, -1].long())
+            self.figures = self.trainer.step(sample[:, :-1], sample[:, -1])
             self._owed -= 1
 
     def finished(self) -> SparseAutoencoder:

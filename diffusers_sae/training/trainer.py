@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ..saes import SparseAutoencoder
-from .losses import WorstGroup, aux_k_loss, squares
+from .losses import aux_k_loss, fraction_of_variance_unexplained
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,6 @@ class TrainingConfig:
         warmup, decay: shares of the run for the linear rise and the linear fall of the rate.
         k_aux, aux_weight, dead_after: AuxK: latents that model the residual, weight of that loss, and the rows without
             firing after which a latent counts as dead.
-        groups, group_rate: number of groups of rows whose worst FVU is pressed down, and how fast their weights follow.
         centre: `geometric_median` or `mean`: where the decoder bias starts.
     """
 
@@ -35,8 +34,6 @@ class TrainingConfig:
     k_aux: int = 64
     aux_weight: float = 1 / 32
     dead_after: int = 100_000
-    groups: int = 1
-    group_rate: float = 0.01
     centre: str = "geometric_median"
 
 
@@ -66,7 +63,6 @@ class SAETrainer:
         self.optimizer = torch.optim.Adam(sae.parameters(), lr=config.lr, betas=(0.9, 0.999), fused=True)
         self.step_count = 0
         self.rows_since_fired = torch.zeros(sae.n_latents, dtype=torch.long)
-        self.worst = WorstGroup(config.groups, config.group_rate)
 
     def _centre_and_scale(self, sample: torch.Tensor) -> float:
         sae, config = self.sae, self.config
@@ -82,26 +78,19 @@ class SAETrainer:
         rise = min(1.0, (self.step_count + 1) / max(1.0, self.config.warmup * self.config.steps))
         return rise * min(1.0, max(0.0, (1 - done) / self.config.decay))
 
-    def step(
-        self, rows: torch.Tensor, weights: torch.Tensor | None = None, groups: torch.Tensor | None = None
-    ) -> dict[str, float]:
+    def step(self, rows: torch.Tensor, weights: torch.Tensor | None = None) -> dict[str, float]:
         """One step on raw rows `(N, d)`; returns the FVU, the AuxK loss and the share of dead latents.
 
-        `weights (N,)` say how much each row counts in the FVU, `groups (N,)` which of `config.groups` it is in.
+        `weights (N,)` say how much each row counts in the FVU.
         """
         sae, config = self.sae, self.config
         x = rows * self.scale
         code = sae.encode_sparse(x)
         x_hat = sae.decode_sparse(code)
-        error, spread = squares(x, x_hat)
-        if weights is not None:
-            error, spread = error * weights, spread * weights
-        parts = error / spread.sum()  # (N,), the FVU in its rows' parts
-        fvu = parts.sum()
-        minimised = fvu if groups is None else parts @ self.worst.update(len(parts) * parts, groups)
+        fvu = fraction_of_variance_unexplained(x, x_hat, weights)
         dead = self.rows_since_fired >= config.dead_after
         aux = aux_k_loss(sae, x, x_hat, dead, config.k_aux)
-        loss = minimised + config.aux_weight * aux
+        loss = fvu + config.aux_weight * aux
         if not torch.isfinite(loss):
             raise FloatingPointError(f"The loss is {loss.item()} at step {self.step_count}; lower the rate.")
         loss.backward()
@@ -133,7 +122,6 @@ class SAETrainer:
             "scale": self.scale,
             "step_count": self.step_count,
             "rows_since_fired": self.rows_since_fired,
-            "group_weights": self.worst.weights,
             "config": asdict(self.config),
             "position": position,
         }
@@ -165,7 +153,6 @@ class SAETrainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scale, self.step_count = state["scale"], state["step_count"]
         self.rows_since_fired = state["rows_since_fired"]
-        self.worst.weights = state["group_weights"]
         return state["position"]
 
 

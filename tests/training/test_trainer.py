@@ -6,7 +6,7 @@ from conftest import random_sae
 
 from diffusers_sae import TopKSAE
 from diffusers_sae.training import SAETrainer, TrainingConfig
-from diffusers_sae.training.losses import WorstGroup, aux_k_loss, fraction_of_variance_unexplained
+from diffusers_sae.training.losses import aux_k_loss, fraction_of_variance_unexplained
 from diffusers_sae.training.trainer import geometric_median, remove_parallel_gradient
 
 
@@ -55,36 +55,6 @@ def test_weights_multiply_the_terms_of_fvu():
         x_hat = trainer.sae(x * trainer.scale) / trainer.scale
     error, spread = ((x - x_hat) ** 2).sum(1), ((x - x.mean(0)) ** 2).sum(1)
     assert trainer.step(x, w)["fvu"] == pytest.approx(float((w * error).sum() / (w * spread).sum()), rel=1e-4)
-
-
-def test_the_group_with_the_highest_loss_gains_weight():
-    worst = WorstGroup(3, rate=0.5)
-    groups = torch.tensor([0, 0, 2, 2])
-    for _ in range(3):
-        rows = worst.update(torch.tensor([1.0, 3.0, 0.2, 0.4]), groups)
-    expected = torch.tensor([3 * 0.5 * 2.0, 0.0, 3 * 0.5 * 0.3]).exp()
-    torch.testing.assert_close(worst.weights, expected / expected.mean())
-    torch.testing.assert_close(rows, worst.weights[groups])
-
-
-def test_pressing_down_the_worst_group_brings_groups_together():
-    data, _ = sparse_data(4096)
-    hard = data + 0.7 * torch.randn(data.shape, generator=torch.Generator().manual_seed(3))
-    both, groups = torch.cat([data, hard]), torch.arange(2).repeat_interleave(4096)
-
-    def gap(rate):
-        torch.manual_seed(0)
-        sae = TopKSAE(32, 40, 3)
-        trainer = SAETrainer(sae, TrainingConfig(steps=600, lr=4e-3, groups=2, group_rate=rate), both)
-        for _ in range(600):
-            picks = torch.randint(0, 8192, (256,))
-            trainer.step(both[picks], None, groups[picks])
-        trainer.finish()
-        with torch.no_grad():
-            fvu = [fraction_of_variance_unexplained(part, sae(part)).item() for part in (hard, data)]
-        return fvu[0] - fvu[1]
-
-    assert gap(0.05) < gap(0.0)
 
 
 def test_aux_loss_equals_its_definition():
