@@ -47,8 +47,8 @@ class Removal:
 
 
 REMOVAL = {
-    "style": Removal(SITES[:1], "activity", 16, 0.0),
-    "object": Removal(SITES[1:], "difference", 51, -2.0),
+    "style": Removal(SITES, "difference", 205, -1.25),
+    "object": Removal(SITES, "difference", 51, -1.5),
 }
 """The chosen point of each domain."""
 

@@ -27,9 +27,9 @@ class Towards(NamedTuple):
 
 
 TOWARDS = {
-    "object": Towards(strength=1.25),
+    "object": Towards(SITES, strength=1.25, stop=0.6),
     "style": Towards(strength=2.5, stop=0.6),
-    "background": Towards(strength=1.25),
+    "background": Towards(SITES, strength=1.0, stop=0.3),
     "gender": Towards(strength=2.5),
     "skin": Towards(strength=1.5),
 }

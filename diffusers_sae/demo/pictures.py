@@ -43,7 +43,7 @@ def draw_grid(rows: Sequence[Row], title: str, path: Path) -> None:
     plt.close(figure)
 
 
-FIGURES = {"ua": "UA", "ira": "IRA", "cra": "CRA", "artefacts": "artefacts"}
+FIGURES = {"ua": "UA", "ira": "IRA", "cra": "CRA", "cra_target": "CRA of the target", "artefacts": "artefacts"}
 
 
 def draw_curves(curves: dict[str, Any], path: Path) -> None:
@@ -62,13 +62,14 @@ def draw_curves(curves: dict[str, Any], path: Path) -> None:
         axes[0].set_ylabel(f"removal of {domain}s\nshare of images")
         for axis, what in zip(axes, varied, strict=True):
             points = points_of[what]
-            labels = [_tick(point["how"][what]) for point in points]
+            labels = [_tick(point["value"]) for point in points]
             for key, name in FIGURES.items():
                 values = [point[key]["value"] for point in points]
                 low = [v - p[key]["low"] for v, p in zip(values, points, strict=True)]
                 high = [p[key]["high"] - v for v, p in zip(values, points, strict=True)]
                 axis.errorbar(labels, values, [low, high], marker="o", ms=4, capsize=2, lw=1.2, label=name)
-            axis.axvspan(*_around(points), color="gold", alpha=0.35, lw=0)
+            for i in (i for i, point in enumerate(points) if point["chosen"]):
+                axis.axvspan(i - 0.3, i + 0.3, color="gold", alpha=0.35, lw=0)
             axis.set(title=what.replace("_", " "), ylim=(-0.03, 1.03))
             axis.tick_params(axis="x", labelsize=8)
             axis.grid(alpha=0.3)
@@ -81,10 +82,6 @@ def draw_curves(curves: dict[str, Any], path: Path) -> None:
 def _tick(value: Any) -> str:
     if isinstance(value, list):
         return "\n+ ".join(site.removeprefix("unet.").replace("attentions", "attn") for site in value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return f"{value:g}" if isinstance(value, (int, float)) else str(value)
-
-
-def _around(points: Sequence[dict[str, Any]]) -> tuple[float, float]:
-    """The band round the chosen point."""
-    chosen = next(i for i, point in enumerate(points) if point["chosen"])
-    return chosen - 0.3, chosen + 0.3

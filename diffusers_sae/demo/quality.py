@@ -24,15 +24,17 @@ from .measure_removal import REMOVAL, Removal, Sighting, cells_of, edits_away, o
 from .shipped import MODELS, SITES, load_detectors, load_judge, load_pipeline, load_scores
 from .world import CONCEPTS, FACTORS, Scene, grid
 
+NO_RULE = "error_term, no rule"
 COMMON: dict[str, tuple[Any, ...]] = {
     "sites": (SITES[:1], SITES[1:], SITES),
     "by": ("activity", "effect", "difference"),
     "ruled": (True, False),
     "error_term": tuple(ERROR_TERMS),
+    NO_RULE: tuple(ERROR_TERMS),
 }
 VARIATIONS: dict[str, dict[str, tuple[Any, ...]]] = {
-    "style": {"strength": (0.5, 0.0, -0.5, -1.0), "latents": (4, 8, 16, 32), **COMMON},
-    "object": {"strength": (-1.0, -2.0, -3.0), "latents": (13, 51, 205), **COMMON},
+    "style": {"strength": (-0.5, -1.0, -1.25, -1.5, -2.0), "latents": (13, 51, 102, 205), **COMMON},
+    "object": {"strength": (-0.5, -1.0, -1.5, -2.0), "latents": (13, 51, 102, 205), **COMMON},
 }
 """What the curves vary about the chosen point, one at a time."""
 
@@ -98,15 +100,16 @@ class Quality:
     def curves(self, images: int = 8) -> dict[str, Any]:
         """Removal figures about the chosen point of each domain, over some targets and some cells of the grid."""
         points = [
-            (domain, what, replace(REMOVAL[domain], **{what: value}))
+            (domain, what, value, _varied(REMOVAL[domain], what, value))
             for domain in REMOVAL
             for what, values in VARIATIONS[domain].items()
             for value in values
         ]
         figures: dict[str, Any] = {domain: {what: [] for what in VARIATIONS[domain]} for domain in REMOVAL}
-        for domain, what, how in tqdm(points, desc="curves"):
+        for domain, what, value, how in tqdm(points, desc="curves"):
             total = self._removal(CURVE_TARGETS[domain], how, lambda target: cells_of(target, images))
-            figures[domain][what].append({"how": how.as_dict(), "chosen": how == REMOVAL[domain], **total.as_dict()})
+            point = {"value": value, "how": how.as_dict(), "chosen": how == REMOVAL[domain]}
+            figures[domain][what].append({**point, **total.as_dict()})
         return figures
 
     def bare(self) -> dict[str, Any]:
@@ -187,6 +190,12 @@ class Quality:
             yield
         finally:
             self._pipe.unload_sae()
+
+
+def _varied(how: Removal, what: str, value: Any) -> Removal:
+    if what == NO_RULE:
+        return replace(how, error_term=value, ruled=False)
+    return replace(how, **{what: value})
 
 
 def _share(hits: Iterable[bool]) -> dict[str, Any]:

@@ -17,13 +17,15 @@ def test_a_grid_shows_every_image(tmp_path):
 
 
 def test_curves_are_drawn_with_the_chosen_point(tmp_path):
-    def point(strength, chosen):
+    def point(value, chosen):
         share = {"value": 0.5, "low": 0.4, "high": 0.6, "images": 9}
-        how = {"strength": strength, "sites": ["unet.a", "unet.b"]}
-        return {"how": how, "chosen": chosen, **dict.fromkeys(("ua", "ira", "cra", "artefacts"), share)}
+        how = {"strength": value}
+        figures = dict.fromkeys(("ua", "ira", "cra", "cra_target", "artefacts"), share)
+        return {"how": how, "value": value, "chosen": chosen, **figures}
 
     points = [point(0.0, False), point(-1.0, True)]
-    draw_curves({"style": {"strength": points, "sites": points}}, tmp_path / "curves.png")
+    sites = [point(["unet.a", "unet.b"], True), point(True, False)]
+    draw_curves({"style": {"strength": points, "sites": sites}}, tmp_path / "curves.png")
     pixels = np.asarray(Image.open(tmp_path / "curves.png").convert("RGB")).astype(int)
     gold = (np.abs(pixels - [255, 242, 166]).max(-1) < 12).mean()
     assert gold > 0.01
