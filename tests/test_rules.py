@@ -60,7 +60,7 @@ def test_every_run_is_decided_anew(sd, split):
 def test_a_rule_about_a_later_site_lets_earlier_edits_act_from_the_second_step(sd, split):
     sae, features, above = split
     sd.pipe.load_sae(sae, adapter_name="later")
-    sd.pipe.load_sae(random_sae(), site=EARLIER, adapter_name="earlier")
+    sd.pipe.load_sae(random_sae(site={"path": EARLIER}), adapter_name="earlier")
     bare = sd.run(prompt=PROMPTS)
     sd.pipe.steer({3: 5.0}, adapter_name="earlier", when=Rule(features, above, "later"))
     ruled = sd.run(prompt=PROMPTS)
@@ -115,7 +115,7 @@ def test_an_sae_that_a_rule_is_about_is_not_deleted_alone(sd, sae):
 
 def test_a_rule_that_was_never_decided_is_warned_of(sd, sae):
     sd.pipe.load_sae(sae, adapter_name="eye")
-    sd.pipe.load_sae(random_sae(), site=EARLIER, adapter_name="hand")
+    sd.pipe.load_sae(random_sae(site={"path": EARLIER}), adapter_name="hand")
     sd.pipe.steer({3: 5.0}, adapter_name="hand", when=Rule({1: 1.0}, adapter_name="eye"))
     sd.pipe.register_modules(unet=tiny_unet())
     with pytest.warns(UserWarning, match="The edits with rules about 'eye' at .* never acted"):

@@ -106,12 +106,23 @@ def test_a_steered_pipeline_is_saved_as_the_stock_one(bare, pipe, tmp_path):
 
 def test_the_judge_sees_what_was_asked_for_and_what_was_steered():
     pipe, judge, scores = load_pipeline(), load_judge(), load_scores()
-    prompts = [f"{thing} on a white background" for thing in ("a panda", "a rocket", "a house", "a cactus")]
+    prompts = ["a panda", "a rocket", "a house", "a cactus"]
     seen = look(judge, list(generate(pipe, prompts, range(4))))
-    assert sum(s["background"][0] == "white" for s in seen) >= 3
+    assert sum(s["background"][0] == "red" for s in seen) <= 1
     assert sum(s["object"][0] in p for s, p in zip(seen, prompts, strict=True)) >= 3
     load_all(pipe)
-    for edit in edits_towards(scores, "purple background", TOWARDS["background"], "white background"):
+    for edit in edits_towards(scores, "red background", TOWARDS["background"]):
         pipe.steer(**edit)
     steered = look(judge, list(generate(pipe, prompts, range(4))))
-    assert sum(s["background"][0] == "purple" for s in steered) >= 3
+    assert sum(s["background"][0] == "red" for s in steered) >= 3
+
+
+def test_a_removal_touches_only_prompts_that_ask_for_the_concept(bare, pipe):
+    load_all(pipe)
+    expected = run(bare, PROMPTS, num_inference_steps=20)
+    for edit in edits_away(load_scores(), load_detectors(), "panda", REMOVAL["object"]):
+        pipe.steer(**edit)
+    images = run(pipe, PROMPTS, num_inference_steps=20)
+    assert [torch.equal(a, b) for a, b in zip(expected, images, strict=True)] == [False, True, True, True]
+    seen = look(load_judge(), list(images * 2 - 1))
+    assert seen[0]["object"][0] != "panda"
