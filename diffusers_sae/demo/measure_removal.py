@@ -17,7 +17,7 @@ from .judge import Judge
 from .shipped import CALL, SITES, generate, look
 from .world import CONCEPTS, Scene, grid
 
-SEED = 60_000_000
+SEED = 61_000_000
 CONFIDENT = 0.5
 JUDGED = ("object", "style", "background")
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..evaluation.shares import Share
 from ..features.concepts import ConceptScores
 from .judge import Judge
-from .shipped import SITES, Seen, generate, look
+from .shipped import MODELS, SITES, Seen, generate, look
 from .world import CONCEPT_VALUES, CONCEPTS, FACTORS, Scene, scene_with
 
-SEED = 50_000_000
+SEED = 51_000_000
 
 
 class Towards(NamedTuple):
@@ -26,27 +28,23 @@ class Towards(NamedTuple):
     stop: float = 1.0
 
 
-TOWARDS = {
-    "object": Towards(SITES, strength=1.25, stop=0.6),
-    "style": Towards(strength=2.5, stop=0.6),
-    "background": Towards(SITES, strength=1.0, stop=0.3),
-    "gender": Towards(strength=2.5),
-    "skin": Towards(strength=1.5),
-}
-"""How this is done for the values of each factor."""
+def load_towards(file: Path = MODELS / "towards.json") -> dict[str, Towards]:
+    """How each concept is steered towards, as `examples/emoji_world/choose_steering.py` chose it."""
+    chosen = json.loads(file.read_text())
+    return {concept: Towards(tuple(how.pop("sites")), **how) for concept, how in chosen.items()}
 
 
-def silent_scenes(factor: str, images: int) -> list[Scene]:
+def silent_scenes(factor: str, images: int, seed: int = SEED) -> list[Scene]:
     """Scenes whose captions say nothing of `factor`, of a kind that can have it."""
-    rng = random.Random(f"{SEED} {factor}")
+    rng = random.Random(f"{seed} {factor}")
     scenes = (scene_with(factor, rng.choice(FACTORS[factor]), rng) for _ in range(images))
     silent = {factor: None, "gender": None, "skin": None} if factor == "object" else {factor: None}
     return [replace(scene, **silent) for scene in scenes]
 
 
-def judged(pipe: Any, judge: Judge, scenes: Sequence[Scene]) -> list[Seen]:
+def judged(pipe: Any, judge: Judge, scenes: Sequence[Scene], seed: int = SEED) -> list[Seen]:
     """What the judge sees in images of the scenes, steered as the pipeline is now."""
-    return look(judge, list(generate(pipe, [s.caption() for s in scenes], range(SEED, SEED + len(scenes)))))
+    return look(judge, list(generate(pipe, [s.caption() for s in scenes], range(seed, seed + len(scenes)))))
 
 
 def edits_towards(

@@ -58,6 +58,7 @@ class Quality:
         self._judge = load_judge(models / "judge")
         self._saes = {site: TopKSAE.from_pretrained(models / "saes" / site).float() for site in SITES}
         self._scores = load_scores(models / "saes")
+        self._towards = measure_steering.load_towards(models / "towards.json")
         self._detectors = load_detectors(models / "saes")
         self._size = sum(p.stat().st_size for p in models.rglob("*") if p.is_file())
 
@@ -81,21 +82,24 @@ class Quality:
 
     def steering(self, images: int = 32) -> dict[str, Any]:
         """Steering towards every concept."""
-        how = measure_steering.TOWARDS
         figures = {}
-        for concept, factor in tqdm(CONCEPTS.items(), desc="steering"):
+        for concept, how in tqdm(self._towards.items(), desc="steering"):
+            factor = CONCEPTS[concept]
             scenes = measure_steering.silent_scenes(factor, images)
 
             def seen(scenes: Sequence[Scene] = scenes) -> list[Any]:
                 return measure_steering.judged(self._pipe, self._judge, scenes)
 
-            bare = self._ledger.get(f"bare {factor} {images}", seen)
+            bare = self._ledger.get(f"bare {factor} {images} {measure_steering.SEED}", seen)
             with self._loaded():
-                for edit in measure_steering.edits_towards(self._scores, concept, how[factor]):
+                for edit in measure_steering.edits_towards(self._scores, concept, how):
                     self._pipe.steer(**edit)
-                steered = self._ledger.get(f"towards {concept} {images} {how[factor]}", seen)
-            figures[concept] = measure_steering.steering_figures(concept, scenes, bare, steered)
-        return {"how": {factor: how[factor]._asdict() for factor in FACTORS}, "concepts": figures}
+                steered = self._ledger.get(f"towards {concept} {images} {measure_steering.SEED} {how}", seen)
+            figures[concept] = {
+                "how": how._asdict(),
+                **measure_steering.steering_figures(concept, scenes, bare, steered),
+            }
+        return figures
 
     def curves(self, images: int = 8) -> dict[str, Any]:
         """Removal figures about the chosen point of each domain, over some targets and some cells of the grid."""

@@ -14,7 +14,7 @@ from ..features.detectors import ConceptDetectors
 from ..strengths import StrengthMap, StrengthTable
 from .judge import Judge
 from .measure_removal import REMOVAL, edits_away
-from .measure_steering import TOWARDS, edits_towards
+from .measure_steering import Towards, edits_towards
 from .pictures import Row
 from .shipped import SITES, generate, look
 
@@ -38,9 +38,17 @@ class Story(NamedTuple):
     panels: Sequence[Panel]
 
 
-def stories(scores: Mapping[str, ConceptScores], detectors: ConceptDetectors) -> list[Story]:
+def stories(
+    scores: Mapping[str, ConceptScores], detectors: ConceptDetectors, towards: Mapping[str, Towards]
+) -> list[Story]:
     """The rows of the demo."""
-    return [_style(scores), _background(scores), _removal(scores, detectors), _sweep(scores), _windows(scores)]
+    return [
+        _style(scores, towards),
+        _background(scores, towards),
+        _removal(scores, detectors),
+        _sweep(scores),
+        _windows(scores, towards),
+    ]
 
 
 def _pairs(cases: Sequence[tuple[str, int, str, Edits]]) -> list[Panel]:
@@ -52,31 +60,26 @@ def _pairs(cases: Sequence[tuple[str, int, str, Edits]]) -> list[Panel]:
     ]
 
 
-def _style(scores: Mapping[str, ConceptScores]) -> Story:
+def _style(scores: Mapping[str, ConceptScores], towards: Mapping[str, Towards]) -> Story:
     cases = [("a panda on a yellow background", 1, "neon"), ("a house on a white background", 2, "pixel art"),
              ("a fox on a blue background", 3, "ink")]  # fmt: skip
     return Story(
         "A style is added: the prompt names none, the edit does",
         _pairs(
             [
-                (prompt, seed, f"+ {style}", edits_towards(scores, style, TOWARDS["style"]))
+                (prompt, seed, f"+ {style}", edits_towards(scores, style, towards[style]))
                 for prompt, seed, style in cases
             ]
         ),
     )
 
 
-def _background(scores: Mapping[str, ConceptScores]) -> Story:
-    cases = [("a 3d render of a rocket", 4, "green"), ("a flat icon of a cat", 5, "red"),
-             ("a cartoon of an owl", 6, "yellow")]  # fmt: skip
+def _background(scores: Mapping[str, ConceptScores], towards: Mapping[str, Towards]) -> Story:
+    cases = [("a 3d render of a rocket", 4, "green background"), ("a flat icon of a cat", 5, "red background"),
+             ("a cartoon of an owl", 6, "yellow background")]  # fmt: skip
     return Story(
         "A background is turned: the prompt names no colour, the edit does",
-        _pairs(
-            [
-                (prompt, seed, f"+ {new} background", edits_towards(scores, f"{new} background", TOWARDS["background"]))
-                for prompt, seed, new in cases
-            ]
-        ),
+        _pairs([(prompt, seed, f"+ {new}", edits_towards(scores, new, towards[new])) for prompt, seed, new in cases]),
     )
 
 
@@ -112,11 +115,11 @@ def _sweep(scores: Mapping[str, ConceptScores]) -> Story:
     )
 
 
-def _windows(scores: Mapping[str, ConceptScores]) -> Story:
+def _windows(scores: Mapping[str, ConceptScores], towards: Mapping[str, Towards]) -> Story:
     prompt = "a 3d render of a cat on a white background"
 
     def edits(start: float, stop: float) -> Edits:
-        return edits_towards(scores, "neon", TOWARDS["style"]._replace(start=start, stop=stop), "3d")
+        return edits_towards(scores, "neon", towards["neon"]._replace(start=start, stop=stop), "3d")
 
     return Story(
         "One edit, towards neon, on early steps only and on late steps only",

@@ -30,6 +30,8 @@ class StreamingConfig:
         branch: guidance branch whose rows are learned.
         balance: whether rows are weighted by one over the variance of their timestep, so that every timestep counts
             alike.
+        emphasis: power of a timestep's FVU, over the mean one, that its weight is multiplied by; above 0, timesteps
+            that are hard to reconstruct count more.
         checkpoint_every: images between checkpoints.
         seed: image i starts from the noise of seed `seed + i`.
     """
@@ -41,6 +43,7 @@ class StreamingConfig:
     buffer: int = 2**17
     branch: str = "cond"
     balance: bool = True
+    emphasis: float = 0.0
     checkpoint_every: int = 256
     seed: int = 0
 
@@ -53,19 +56,23 @@ def train_on_stream(
     folder: Path,
     *,
     training: Mapping[str, Any] | None = None,
+    trained: bool = False,
     **call: Any,
 ) -> dict[str, SparseAutoencoder]:
     """Train one SAE for each site on the activations of `config.images` generated images.
 
     Args:
-        make_sae: `{site: function of the width that gives a new SAE}`.
+        make_sae: `{site: function of the width that gives a new SAE, or a trained one to go on with}`.
+        trained: whether the SAEs are trained already.
         prompts: at least `config.images` prompts.
         folder: checkpoints and logs; a run that stopped goes on from there.
         training: arguments of `TrainingConfig` other than the numbers of steps and rows.
         call: goes to the pipeline (`num_inference_steps`, `guidance_scale`, ...).
     """
     folder.mkdir(parents=True, exist_ok=True)
-    runs = {site: _SiteRun(site, make, config, folder, dict(training or {})) for site, make in make_sae.items()}
+    runs = {
+        site: _SiteRun(site, make, config, folder, dict(training or {}), trained) for site, make in make_sae.items()
+    }
     positions = {run.saved_position() for run in runs.values()}
     if len(positions) > 1:
         raise InputError(
@@ -108,8 +115,10 @@ class _SiteRun:
         config: StreamingConfig,
         folder: Path,
         training: dict[str, Any],
+        trained: bool,
     ) -> None:
-        self.site, self._make, self._config, self._training = site, make, config, training
+        self.site, self._make, self._config, self._training, self._trained = site, make, config, training, trained
+        self._hardness: torch.Tensor | None = None
         self._checkpoint, self._log = folder / f"{site}.pt", folder / f"{site}.jsonl"
         self.trainer: SAETrainer | None = None
         self.figures: dict[str, float] = {}
@@ -122,23 +131,33 @@ class _SiteRun:
     def feed(self, rows: torch.Tensor) -> None:
         """Take one batch of rows `(T, images, P, d)` in and make the steps that are due for it."""
         config, count = self._config, rows[..., 0].numel()
-        weights = timestep_weights(rows) if config.balance else torch.ones_like(rows[..., :1])
-        weighted = torch.cat([rows, weights], -1)
         if self.trainer is None:
-            self._buffer = ShuffleBuffer(config.buffer, weighted.shape[-1])
-            self._buffer.add(weighted)
+            self._buffer = ShuffleBuffer(config.buffer, rows.shape[-1] + 1)
             total = config.images * count / rows.shape[1] * config.reuse / config.rows
             settings = TrainingConfig(steps=int(total), batch_size=config.rows, **self._training)
-            self.trainer = SAETrainer(self._make(rows.shape[-1]), settings, self._buffer.rows[:, :-1])
+            sample = rows.flatten(0, 2)[:: max(1, count // config.buffer)]
+            self.trainer = SAETrainer(self._make(rows.shape[-1]), settings, sample, trained=self._trained)
             if self._checkpoint.exists():
                 self.trainer.restore(self._checkpoint)
-        else:
-            self._buffer.add(weighted)
+        weights = timestep_weights(rows) if config.balance else torch.ones_like(rows[..., :1])
+        if config.emphasis:
+            weights = weights * self._emphasis(rows)[:, None, None, None]
+        self._buffer.add(torch.cat([rows, weights], -1))
         self._owed += count * config.reuse / config.rows
         while self._owed >= 1 and self.trainer.step_count < self.trainer.config.steps:
             sample = self._buffer.sample(config.rows)
             self.figures = self.trainer.step(sample[:, :-1], sample[:, -1])
             self._owed -= 1
+
+    @torch.no_grad()
+    def _emphasis(self, rows: torch.Tensor) -> torch.Tensor:
+        """How much each timestep counts, `(T,)`, by its FVU over the last batches or so."""
+        assert self.trainer is not None
+        sae, x = self.trainer.sae, rows.flatten(1, 2)[:, ::4] * self.trainer.scale
+        lost = torch.stack([(step - sae(step)).square().sum() for step in x])
+        fvu = lost / (x - x.mean(1, keepdim=True)).square().sum((1, 2))
+        self._hardness = fvu if self._hardness is None else torch.lerp(self._hardness, fvu, 0.1)
+        return (self._hardness / self._hardness.mean()) ** self._config.emphasis
 
     def finished(self) -> SparseAutoencoder:
         """The trained SAE; the checkpoint's, if that had seen all images."""

@@ -56,20 +56,28 @@ class SAETrainer:
     biases, which suffices since every architecture here is positively homogeneous.
     """
 
-    def __init__(self, sae: SparseAutoencoder, config: TrainingConfig, sample: torch.Tensor | None) -> None:
-        """`sample (N, d)`: rows that centre and scale are taken from; none are needed if `restore` follows."""
+    def __init__(
+        self, sae: SparseAutoencoder, config: TrainingConfig, sample: torch.Tensor | None, *, trained: bool = False
+    ) -> None:
+        """A trainer of a new SAE, or of one that is `trained` and keeps its weights.
+
+        `sample (N, d)`: rows that centre and scale are taken from; none are needed if `restore` follows.
+        """
         self.sae, self.config = sae, config
-        self.scale = 1.0 if sample is None else self._centre_and_scale(sample)
+        self.scale = 1.0 if sample is None else self._centre_and_scale(sample, trained)
         self.optimizer = torch.optim.Adam(sae.parameters(), lr=config.lr, betas=(0.9, 0.999), fused=True)
         self.step_count = 0
         self.rows_since_fired = torch.zeros(sae.n_latents, dtype=torch.long)
 
-    def _centre_and_scale(self, sample: torch.Tensor) -> float:
+    def _centre_and_scale(self, sample: torch.Tensor, trained: bool) -> float:
         sae, config = self.sae, self.config
-        centre = geometric_median(sample) if config.centre == "geometric_median" else sample.mean(0)
-        scale = float((sae.d_in / (sample - centre).square().sum(-1).mean()).sqrt())
         with torch.no_grad():
-            sae.b_dec.copy_(centre * scale)
+            if not trained:
+                median = config.centre == "geometric_median"
+                sae.b_dec.copy_(geometric_median(sample) if median else sample.mean(0))
+            scale = float((sae.d_in / (sample - sae.b_dec).square().sum(-1).mean()).sqrt())
+            sae.b_dec.mul_(scale)
+            sae.b_enc.mul_(scale)
         return scale
 
     def rate(self) -> float:

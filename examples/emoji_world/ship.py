@@ -28,6 +28,7 @@ python examples/emoji_world/train_clip.py
 python examples/emoji_world/train_unet.py
 python examples/emoji_world/train_judge.py
 python examples/emoji_world/train_sae.py
+python examples/emoji_world/choose_steering.py
 python examples/emoji_world/ship.py"""
 
 CARD = """\
@@ -130,6 +131,7 @@ def main() -> None:
             f"dead latents {100 * figures['dead']:.2f} %; for each timestep in `held_out.json`.",
         )
         write_checksums(target)
+    shutil.copy(args.world / "towards.json", staging)
     accuracy = json.loads((staging / "judge" / "held_out.json").read_text())["accuracy"]
     card(
         staging / "judge",

@@ -29,7 +29,7 @@ from diffusers_sae.saes import SparseAutoencoder, StatisticsAccumulator
 from diffusers_sae.saes.checksums import write_checksums
 from diffusers_sae.training import StreamingConfig, train_on_stream
 
-CONCEPT_SEED, EFFECT_SEED, DETECTOR_SEED = 20_000_000, 30_000_000, 70_000_000
+CONCEPT_SEED, EFFECT_SEED, DETECTOR_SEED, REFINING_SEED = 20_000_000, 30_000_000, 70_000_000, 15_000_000
 
 
 def new_sae(width: int, n_latents: int, site: str, args: argparse.Namespace) -> TopKSAE:
@@ -41,9 +41,19 @@ def new_sae(width: int, n_latents: int, site: str, args: argparse.Namespace) -> 
         "num_inference_steps": STEPS,
         "guidance_scale": GUIDANCE,
         "resolution": 64,
-        "training_images": args.images,
+        "training_images": args.images + args.refining_images,
     }
     return TopKSAE(width, n_latents, args.k, provenance=origin)
+
+
+def refined(pipe: Any, saes: Mapping[str, SparseAutoencoder], args: argparse.Namespace) -> dict[str, SparseAutoencoder]:
+    """The SAEs after a second pass, on other images, in which hard timesteps count more."""
+    config = StreamingConfig(args.refining_images, args.batch, rows=1024, reuse=4.0, emphasis=4.0, seed=REFINING_SEED)
+    captions = sample_captions(args.refining_images, seed=REFINING_SEED)
+    makers = {site: lambda width, sae=sae: sae.train() for site, sae in saes.items()}
+    training = {"lr": 4e-3, "warmup": 0.05, "decay": 0.95}
+    folder = args.world / "training" / "sae_refined"
+    return train_on_stream(pipe, makers, captions, config, folder, training=training, trained=True, **CALL)
 
 
 def effects(pipe: Any, saes: Mapping[str, SparseAutoencoder], images: int) -> dict[str, torch.Tensor]:
@@ -72,7 +82,8 @@ def detectors_of(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--world", type=Path, default=Path("outputs/emoji_world"))
-    parser.add_argument("--images", type=int, default=1536)
+    parser.add_argument("--images", type=int, default=4096)
+    parser.add_argument("--refining-images", type=int, default=1536)
     parser.add_argument("--held-out", type=int, default=128)
     parser.add_argument("--concept-images", type=int, default=768)
     parser.add_argument("--effect-images", type=int, default=4)
@@ -80,7 +91,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--latents", type=int, nargs=len(SITES), default=(1536, 1024), help="one number a site")
     parser.add_argument("--k", type=int, default=32)
-    parser.add_argument("--reuse", type=float, default=4.0)
+    parser.add_argument("--reuse", type=float, default=2.0)
     args = parser.parse_args()
     keep_freed_memory()
     torch.manual_seed(0)
@@ -90,6 +101,7 @@ def main() -> None:
     config = StreamingConfig(args.images, args.batch, rows=512, reuse=args.reuse)
     captions = sample_captions(args.images, seed=0)
     saes = train_on_stream(pipe, makers, captions, config, args.world / "training" / "sae", **CALL)
+    saes = refined(pipe, saes, args)
     figures, statistics = reconstruction(pipe, saes, args.held_out, args.batch)
     rng = random.Random(CONCEPT_SEED)
     scenes = [sample_scene(rng) for _ in range(args.concept_images)]

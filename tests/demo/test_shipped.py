@@ -8,7 +8,7 @@ from diffusers import StableDiffusionPipeline
 
 from diffusers_sae import SAESteeringPipeline
 from diffusers_sae.demo.measure_removal import REMOVAL, edits_away
-from diffusers_sae.demo.measure_steering import TOWARDS, edits_towards
+from diffusers_sae.demo.measure_steering import edits_towards, load_towards
 from diffusers_sae.demo.shipped import (
     MODELS,
     SITES,
@@ -60,7 +60,7 @@ def test_what_changes_nothing_changes_no_bit(bare, pipe, call):
     pipe.steer({3: 0.0}, adapter_name=SITE)
     pipe.steer({5: 1.0}, adapter_name=SITE, mode="scale")
     assert torch.equal(run(pipe, **call), expected)
-    for edit in edits_towards(load_scores(), "ink", TOWARDS["style"]):
+    for edit in edits_towards(load_scores(), "ink", load_towards()["ink"]):
         pipe.steer(**edit)
     steered = run(pipe, **call)
     assert not torch.equal(steered, expected)
@@ -111,7 +111,7 @@ def test_the_judge_sees_what_was_asked_for_and_what_was_steered():
     assert sum(s["background"][0] == "red" for s in seen) <= 1
     assert sum(s["object"][0] in p for s, p in zip(seen, prompts, strict=True)) >= 3
     load_all(pipe)
-    for edit in edits_towards(scores, "red background", TOWARDS["background"]):
+    for edit in edits_towards(scores, "red background", load_towards()["red background"]):
         pipe.steer(**edit)
     steered = look(judge, list(generate(pipe, prompts, range(4))))
     assert sum(s["background"][0] == "red" for s in steered) >= 3

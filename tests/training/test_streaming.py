@@ -1,13 +1,17 @@
 """Training on a running pipeline: several sites in one pass, and going on after a stop."""
 
+import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import SITE, Harness
 
 from diffusers_sae import InputError, TopKSAE
-from diffusers_sae.training import StreamingConfig, train_on_stream
+from diffusers_sae.capture import stream_activations
+from diffusers_sae.training import SAETrainer, StreamingConfig, TrainingConfig, train_on_stream
+from diffusers_sae.training.losses import fraction_of_variance_unexplained
 from diffusers_sae.training.streaming import timestep_weights
 
 CALL = {"num_inference_steps": 3, "guidance_scale": 5.0, "height": 16, "width": 16}
@@ -52,6 +56,41 @@ def test_every_site_gets_an_sae_that_has_learned(tmp_path):
         state = torch.load(tmp_path / f"{site}.pt", weights_only=True)
         rows = 24 * 3 * (64 if site == SITE else 16)
         assert state["step_count"] == state["config"]["steps"] == int(rows * 8 / 128)
+
+
+def fvu_by_timestep(sae, site=SITE):
+    pipe = Harness("sd").pipe
+    (batch,) = stream_activations(pipe, [site], prompts(16), batch_size=16, seed=999, **CALL)
+    rows, timesteps = batch.rows(site, "cond")
+    with torch.no_grad():
+        flat = [x.flatten(0, 1) for x in rows]
+        return {
+            float(t): fraction_of_variance_unexplained(x, sae(x)).item() for x, t in zip(flat, timesteps, strict=True)
+        }
+
+
+def test_emphasis_presses_down_the_hardest_timestep_of_trained_saes(tmp_path):
+    sae = run(tmp_path / "first")[SITE]
+    before = fvu_by_timestep(sae)
+    hardest, easiest = max(before, key=before.get), min(before, key=before.get)
+    ratios = {}
+    for emphasis in (0.0, 6.0):
+        config = replace(CONFIG, images=48, seed=100, emphasis=emphasis)
+        again = train_on_stream(
+            Harness("sd").pipe, {SITE: lambda d: copy.deepcopy(sae).train()}, prompts(48), config,
+            tmp_path / str(emphasis), training={"lr": 3e-3}, trained=True, **CALL,
+        )[SITE]  # fmt: skip
+        after = fvu_by_timestep(again)
+        assert sum(after.values()) < sum(before.values())
+        ratios[emphasis] = after[hardest] / after[easiest]
+    assert ratios[6.0] < 0.9 * ratios[0.0]
+
+
+def test_a_trained_sae_without_steps_is_what_it_was(tmp_path):
+    sae = run(tmp_path / "first")[SITE]
+    trainer = SAETrainer(copy.deepcopy(sae), TrainingConfig(steps=1), torch.randn(500, 8) * 3 + 1, trained=True)
+    x = torch.randn(20, 8)
+    torch.testing.assert_close(trainer.finish()(x), sae(x), atol=1e-5, rtol=1e-4)
 
 
 def test_a_stopped_run_goes_on(tmp_path):
