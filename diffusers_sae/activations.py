@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .context import DenoisingContext
+from .context import Context
 from .sites import LAYOUTS, Site, grid_of
 
 
@@ -56,7 +56,7 @@ class SiteActivations:
         """`select`, as rows `(M, P, d)` in the site's layout: what an SAE takes."""
         return LAYOUTS[self.site.layout].to_rows(self.select(branch, timestep, image))
 
-    def take(self, x: torch.Tensor, context: DenoisingContext, first_image: int) -> None:
+    def take(self, x: torch.Tensor, context: Context, first_image: int) -> None:
         """Add one call's tensor `(rows, ...)`."""
         self._tensors.append(x.detach().clone())
         self.size = context.size

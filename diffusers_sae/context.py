@@ -1,105 +1,169 @@
-"""The denoising context: timestep, progress, and which row of a batch belongs to which image and guidance branch."""
+"""The context of a run: which step it is at, and which row of a batch belongs to which image and guidance branch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 
 from .errors import InputError
-from .rules import Rule
+from .families import Family, family_of, images_of
 
 BRANCHES = ("cond", "uncond")
 """The branches an edit can name."""
 
 
-def _guided(pipe: Any) -> tuple[str, ...]:
-    return ("uncond", "cond") if pipe.do_classifier_free_guidance else ("cond",)
-
-
-def _perturbed_attention(pipe: Any) -> tuple[str, ...]:
-    return _guided(pipe) + (("perturbed",) if pipe.do_perturbed_attention_guidance else ())
-
-
-def _instruct_pix2pix(pipe: Any) -> tuple[str, ...]:
-    return ("cond", "image", "uncond") if pipe.do_classifier_free_guidance else ("cond",)
-
-
-BRANCH_ORDER: dict[str, Callable[[Any], tuple[str, ...]]] = {
-    "InstructPix2Pix": _instruct_pix2pix,
-    "PAG": _perturbed_attention,
-    "": _guided,
-}
-"""Order of the branches in the batch, by a part of the pipeline's class name; the first that fits, `""` fits all."""
-
-
-def branch_order(pipe: Any) -> tuple[str, ...]:
-    """Guidance branches in the order in which the pipeline concatenates them now.
-
-    Read at every step, since callbacks may switch guidance off in the middle of a run.
-    """
-    name = type(pipe).__name__
-    return next(order for part, order in BRANCH_ORDER.items() if part in name)(pipe)
-
-
-def check_supported(pipe: Any) -> None:
-    """Raise `InputError` for a pipeline whose branches or timesteps could only be guessed."""
-    name = type(pipe).__name__
-    if not isinstance(getattr(pipe, "unet", None), nn.Module):
-        raise InputError(f"{name} has no U-Net, and only U-Net pipelines can be steered so far; load one of those.")
-    if not hasattr(type(pipe), "do_classifier_free_guidance"):
-        raise InputError(
-            f"{name} does not say whether guidance is on, so that branches could not be told apart; use a pipeline "
-            "with the property do_classifier_free_guidance, such as StableDiffusionPipeline."
-        )
-
-
 @dataclass
-class DenoisingContext:
-    """Where a running pipeline is. Filled by a hook on the denoiser before each of its calls.
+class Context:
+    """Where a running module of a pipeline is. Filled by a hook on the module before each of its calls.
 
-    `timestep` is the scheduler's, `progress` is 1 - timestep / training timesteps (0 at pure noise, 1 at the finished
-    image), `rows` the batch the denoiser sees, `branches` its parts in order, `size` the height and width of the
-    latents, `decisions` which images each rule holds for, as far as that is decided.
+    Args:
+        timesteps: the scheduler's, in order; one, 0, for what runs before the denoising.
+        step: position of the current one, as a tensor on the module's device.
+        known_step: the same as a number, where it can be had without waiting for a device.
+        rows: batch that the module sees.
+        branches: its parts, in order and of equal size.
+        size: height and width of the latents or of the image; their ratio is what counts.
+        turn: which call of the module is next, where it is called once a branch.
     """
 
-    timestep: float = 0.0
-    progress: float = 0.0
+    timesteps: tuple[float, ...] = (0.0,)
+    training_timesteps: int = 1
+    step: torch.Tensor = field(default_factory=lambda: torch.tensor(0))
+    known_step: int | None = 0
     rows: int = 1
     branches: tuple[str, ...] = ("cond",)
     size: tuple[int, int] = (1, 1)
-    calls: int = 0
-    decisions: dict[Rule, torch.Tensor] = field(default_factory=dict)
+    turn: int = 0
 
     @property
     def images(self) -> int:
         """Images in the batch (prompts times images a prompt)."""
         return self.rows // len(self.branches)
 
-    def rows_of(self, branch: str) -> slice:
-        """The rows of one branch, which lie side by side."""
-        start = self.branches.index(branch) * self.images
-        return slice(start, start + self.images)
+    @property
+    def timestep(self) -> float:
+        """The scheduler's timestep now; waits for the device."""
+        return self.timesteps[int(self.step)]
+
+    def progress(self, timestep: float) -> float:
+        """0 at pure noise, 1 at the finished image."""
+        return 1 - timestep / self.training_timesteps
+
+    def parts(self) -> Iterator[tuple[str, slice]]:
+        """Every branch with its rows, which lie side by side."""
+        for i, branch in enumerate(self.branches):
+            yield branch, slice(i * self.images, (i + 1) * self.images)
 
     def begin(self) -> None:
         """Forget the run before."""
-        self.calls = 0
-        self.decisions.clear()
+        self.turn = 0
 
-    def update(self, pipe: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+
+class TextContext(Context):
+    """Context of a text encoder, which pipelines run for the prompts first and then for the negative ones."""
+
+    def update(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        """Read the encoder's arguments for the call that is about to run."""
+        tokens = args[0] if args else kwargs["input_ids"]
+        self.rows = tokens.shape[0]
+        self.branches = (BRANCHES[min(self.turn, 1)],)
+        self.turn += 1
+
+
+class DenoisingContext(Context):
+    """Context of a denoiser."""
+
+    _family: Family
+    _pipe: Any
+    _call: Mapping[str, Any]
+    _table: torch.Tensor
+    _planned: tuple[str, ...] = ("cond",)
+    _unit = (1.0, 0.0)
+    _asked_size: tuple[int, int] | None = None
+
+    def start(self, pipe: Any, call: Mapping[str, Any]) -> None:
+        """A call of the pipeline begins, with these arguments."""
+        self.begin()
+        self._pipe, self._call, self._family = pipe, call, family_of(pipe)
+        self._expected = images_of(call)
+
+    def prepare(self, device: torch.device) -> None:
+        """Read the scheduler's timesteps, which are set by now, and what a compiled denoiser cannot ask for."""
+        timesteps = self._pipe.scheduler.timesteps
+        self.timesteps = tuple(float(t) for t in timesteps.tolist())
+        self.training_timesteps = self._pipe.scheduler.config.num_train_timesteps
+        self._table = timesteps.to(device, torch.float32)
+        self._unit = self._family.unit(self._pipe)
+        self._planned = self._family.branches(self._pipe, self._call)
+        height, width = self._call.get("height"), self._call.get("width")
+        self._asked_size = (height, width) if height and width else None
+
+    def update(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """Read the denoiser's arguments for the call that is about to run."""
-        sample = args[0] if args else kwargs["sample"]
-        timestep = args[1] if len(args) > 1 else kwargs["timestep"]
-        self.timestep = float(timestep.flatten()[0] if isinstance(timestep, torch.Tensor) else timestep)
-        self.progress = 1 - self.timestep / pipe.scheduler.config.num_train_timesteps
-        self.rows, self.size = sample.shape[0], (sample.shape[-2], sample.shape[-1])
-        self.branches = branch_order(pipe)
-        self.calls += 1
-        if self.rows % len(self.branches):
+        named = dict(zip(("sample", "timestep"), args, strict=False))
+        given = {**kwargs, **named}
+        sample = next(given[n] for n in ("sample", "hidden_states", "x") if n in given)
+        self.rows = len(sample)
+        self.size = _size(sample, given) or self._asked_size or (1, 1)
+        self._find_step(given["timestep"])
+        self.branches = self._branches_now(given)
+        one_by_one = len(self.branches) > 1 and self.rows == self._expected
+        if self.rows % len(self.branches) or one_by_one:
             raise InputError(
                 f"A batch of {self.rows} rows cannot hold the branches {', '.join(self.branches)} of "
-                f"{type(pipe).__name__}, so none was edited; report the pipeline, or call reset_steering()."
+                f"{type(self._pipe).__name__}, so none was edited; report the pipeline, or call reset_steering()."
             )
+
+    def _find_step(self, timestep: Any) -> None:
+        factor, offset = self._unit
+        if isinstance(timestep, torch.Tensor):
+            now = timestep.flatten()[0].float() * factor + offset
+            self.step = (self._table - now.to(self._table.device)).abs().argmin()
+            there = not torch.compiler.is_compiling() and now.device.type == "cpu"
+            self.known_step = int(self.step) if there else None
+        else:
+            now = timestep * factor + offset
+            self.known_step = min(range(len(self.timesteps)), key=lambda i: abs(self.timesteps[i] - now))
+            self.step = torch.tensor(self.known_step, device=self._table.device)
+
+    def _branches_now(self, given: Mapping[str, Any]) -> tuple[str, ...]:
+        if given.get("skip_layers") is not None:  # the extra call of skip-layer guidance
+            return ("cond",)
+        if torch.compiler.is_compiling():
+            branches = self._planned
+            cut_off = len(branches) > 1 and self.rows == self._expected and not self._family.in_turn
+        else:
+            branches = self._family.branches(self._pipe, self._call)
+            cut_off = self._family.cut_off and self.rows == self._expected
+        if cut_off:
+            return ("cond",)
+        if self._family.in_turn:
+            self.turn = (self.turn + 1) % len(branches)
+            return (branches[self.turn - 1],)
+        return branches
+
+
+def _size(sample: Any, given: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Height and width of the image, up to a factor, if the denoiser is told."""
+    one = sample[0]
+    if one.ndim >= 3:
+        return one.shape[-2], one.shape[-1]
+    if given.get("img_shapes") is not None:
+        shape = given["img_shapes"][0]
+        height, width = (shape[0] if isinstance(shape, list) else shape)[-2:]
+        return height, width
+    return None
+
+
+def arguments_of(function: Any, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name, defaults filled in; empty if they do not fit, which the call itself will say."""
+    try:
+        bound = inspect.signature(function).bind(*args, **kwargs)
+    except TypeError:
+        return {}
+    bound.apply_defaults()
+    return bound.arguments

@@ -1,44 +1,55 @@
-"""Edits of latents, `z -> z'`, their strengths, schedules and masks, and the change they make to a site:
+"""Edits of latents, `z -> z'`, their strengths, schedules and masks. The change that they make to a site is
 
 x' = x + M · s(t) · (dec(z') - dec(z)),   dec(z') - dec(z) = Σ_j (z'_j - z_j) d_j   over the edited j.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from .context import BRANCHES, DenoisingContext
 from .errors import InputError
 from .rules import Rule
 from .saes import LatentStatistics, SparseAutoencoder
 from .saes.statistics import UNITS
-from .strengths import Grid, Strength, checked_strength, strength_now
+from .sites import Site
+from .strengths import Strength, checked_strength
 
 
 class Operation(NamedTuple):
     """How a mode changes a latent.
 
     `apply(z, strength)` gives z'; `needs_code` says whether z matters to z' - z; `identity` is the strength that
-    changes nothing, if there is one.
+    changes nothing, if there is one. If it `overwrites`, `apply` says where latents fire instead, and those places get
+    the rows of other places.
     """
 
     apply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     needs_code: bool
     identity: float | None
+    overwrites: bool = False
 
 
 OPERATIONS: dict[str, Operation] = {
     "add": Operation(lambda z, s: z + s, needs_code=False, identity=0.0),
     "set": Operation(lambda z, s: s.expand_as(z), needs_code=True, identity=None),
     "scale": Operation(lambda z, s: s * z, needs_code=True, identity=1.0),
+    "cap": Operation(torch.minimum, needs_code=True, identity=None),
     "ablate": Operation(lambda z, s: z - s * z, needs_code=True, identity=0.0),
+    "replace": Operation(torch.gt, needs_code=True, identity=None, overwrites=True),
 }
+
+BRANCH_WEIGHTS: dict[str, dict[str, float]] = {
+    "cond": {"cond": 1.0},
+    "uncond": {"uncond": 1.0},
+    "both": {"cond": 1.0, "uncond": 1.0},
+    "contrast": {"cond": 1.0, "uncond": -1.0},
+}
+"""Sign of the change on the rows of each guidance branch, by what `steer(branch=...)` says."""
 
 
 @dataclass(frozen=True)
@@ -54,49 +65,21 @@ class Edit:
     mask: torch.Tensor | None = None  # (1 or images, 1, H, W) in [0, 1]
     unit: str = "raw"
     when: Rule | None = None
+    tokens: tuple[int, ...] = ()
+    preserve_norm: bool = False
 
     @property
     def operation(self) -> Operation:
         return OPERATIONS[self.mode]
 
-    def acts_on(self, branch: str) -> bool:
-        """Whether the rows of `branch` are edited; `both` is cond and uncond."""
-        return branch == self.branch or (self.branch == "both" and branch in BRANCHES)
+    @property
+    def weights(self) -> dict[str, float]:
+        """Sign of the change by guidance branch."""
+        return BRANCH_WEIGHTS[self.branch]
 
     def in_window(self, progress: float) -> bool:
         """Whether `start <= progress < stop`; a window that ends at 1 includes it."""
         return self.start <= progress and (progress < self.stop or self.stop == 1)
-
-    def chosen_images(self, context: DenoisingContext) -> torch.Tensor | None:
-        """`(images,)` bool: the images that its rule lets it act on, none before that is decided; `None` for all."""
-        if self.when is None:
-            return None
-        return context.decisions.get(self.when, torch.zeros(context.images, dtype=torch.bool))
-
-    def strengths_at(
-        self, context: DenoisingContext, statistics: LatentStatistics | None, grid: Grid
-    ) -> torch.Tensor | None:
-        """`(1 or images, 1 or P, m)` now, in raw units, or `None` where the edit changes nothing."""
-        columns = [strength_now(s, context, grid) for s in self.strengths]
-        strengths = torch.stack(torch.broadcast_tensors(*columns), -1)
-        if self.operation.identity is not None and bool((strengths == self.operation.identity).all()):
-            return None
-        if self.unit == "raw" or statistics is None:
-            return strengths
-        return strengths * statistics.at(context.timestep).scale(self.unit)[list(self.features)]
-
-    def mask_at(self, grid: tuple[int, int], images: int) -> torch.Tensor:
-        """The mask on a site's grid, `(1 or images, P, 1)`."""
-        assert self.mask is not None
-        n, _, height, width = self.mask.shape
-        if n not in (1, images):
-            raise InputError(f"The mask has {n} images and the batch {images}; pass one mask, or one for each image.")
-        if abs(height * grid[1] - width * grid[0]) > max(height, width):
-            raise InputError(
-                f"The mask is {height} x {width}, which does not fit a site of {grid[0]} x {grid[1]}; "
-                "make it as high and wide as the image, or smaller in the same ratio."
-            )
-        return F.interpolate(self.mask, grid, mode="area").flatten(2).transpose(1, 2)
 
 
 def make_edit(
@@ -110,12 +93,14 @@ def make_edit(
     mask: Any = None,
     unit: str = "raw",
     when: Rule | None = None,
+    tokens: Sequence[int] | None = None,
+    preserve_norm: bool = False,
     statistics: LatentStatistics | None = None,
 ) -> Edit:
     """Check what `steer` was given and make an `Edit` of it; raises `InputError`."""
     for name, value, known in (
         ("mode", mode, tuple(OPERATIONS)),
-        ("branch", branch, (*BRANCHES, "both")),
+        ("branch", branch, tuple(BRANCH_WEIGHTS)),
         ("unit", unit, UNITS),
     ):
         if value not in known:
@@ -139,7 +124,31 @@ def make_edit(
         None if mask is None else as_mask(mask),
         unit,
         when,
+        () if tokens is None else checked_tokens(tokens),
+        bool(preserve_norm),
     )
+
+
+def check_fits(edit: Edit, site: Site) -> None:
+    """Raise `InputError` if an edit makes no sense at its site."""
+    text = site.stream == "text" or site.is_text_encoder
+    if edit.tokens and not text:
+        raise InputError(f"tokens are for sites of text, and {site} is none; pass mask= to choose places of an image.")
+    if text and edit.mask is not None:
+        raise InputError(f"A mask is for sites of images, and {site} holds text; pass tokens= to choose positions.")
+    if site.is_text_encoder and (edit.start, edit.stop) != (0.0, 1.0):
+        raise InputError(
+            f"{site} runs once, before the denoising, so that start and stop mean nothing; leave them out."
+        )
+
+
+def checked_tokens(tokens: Any) -> tuple[int, ...]:
+    """Positions that `steer` was given; raises `InputError`."""
+    if not isinstance(tokens, Sequence) or isinstance(tokens, str) or not tokens:
+        raise InputError(f"tokens={tokens!r} is not a list of positions; pass one, such as [4, 5].")
+    if not all(isinstance(t, (int, np.integer)) and not isinstance(t, bool) and t >= 0 for t in tokens):
+        raise InputError(f"tokens={tokens!r} has entries that are no positions; pass whole numbers from 0 on.")
+    return tuple(int(t) for t in tokens)
 
 
 def as_mask(mask: Any) -> torch.Tensor:
@@ -161,15 +170,3 @@ def as_mask(mask: Any) -> torch.Tensor:
     if not ((tensor >= 0) & (tensor <= 1)).all():
         raise InputError("The mask has values outside 0 to 1 (or NaN); scale it to that range, or pass uint8 0 to 255.")
     return tensor.reshape(-1, 1, *tensor.shape[-2:])
-
-
-def code_change(edit: Edit, sae: SparseAutoencoder, x: torch.Tensor, strengths: torch.Tensor) -> torch.Tensor:
-    """`z' - z` of the edited latents for rows `x (B, P, d)`, in a shape that broadcasts to `(B, P, m)`.
-
-    `strengths` is `(1 or B, 1 or P, m)`.
-    """
-    strengths = strengths.to(x.device)
-    if not edit.operation.needs_code:
-        return strengths
-    z = sae.encode_only(x, torch.tensor(edit.features, device=x.device))
-    return edit.operation.apply(z, strengths) - z

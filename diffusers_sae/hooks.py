@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,18 +12,18 @@ import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 
-from .context import DenoisingContext
-from .edits import Edit, code_change
+from .context import Context
+from .edits import Edit
 from .errors import InputError
-from .rules import Rule
+from .prepared import PreparedEdit
+from .rules import Decision
 from .saes import LatentStatistics, SparseAutoencoder
-from .sites import LAYOUTS, Site, grid_of, input_of, tensor_of, with_tensor
-from .strengths import Grid
+from .sites import LAYOUTS, Site, grid_of, input_of, tensor_of, with_input, with_tensor
 
 
-@dataclass
+@dataclass(eq=False)
 class LoadedSAE:
-    """An SAE at a site of one pipeline."""
+    """An SAE at a site of one pipeline, its edits, and those made ready for the run that is on."""
 
     name: str
     sae: SparseAutoencoder
@@ -29,159 +31,181 @@ class LoadedSAE:
     statistics: LatentStatistics | None = None
     enabled: bool = True
     edits: list[Edit] = field(default_factory=list)
+    prepared: list[PreparedEdit] = field(default_factory=list)
+    decisions: list[Decision] = field(default_factory=list)
+    context: Context = field(default_factory=Context)
 
-    def change(self, x: torch.Tensor, branch: str, context: DenoisingContext, grid: Grid) -> torch.Tensor | None:
+    def change(self, x: torch.Tensor, branch: str, grid: Callable[[], tuple[int, int]]) -> torch.Tensor | None:
         """`M · s(t) · (dec(z') - dec(z))` of all edits for the rows of one branch, or `None` where nothing changes.
 
-        `x` is `(images, P, d)` in fp32; the result broadcasts to it. `grid` gives height and width of the P places.
+        `x` is `(images, P, d)`; the result is in fp32 and broadcasts to it. `grid` gives height and width of the P
+        places.
         """
-        changes = [c for edit in self.edits if (c := self._change_of(edit, x, branch, context, grid)) is not None]
-        return sum(changes[1:], changes[0]) if changes else None
+        total: torch.Tensor | None = None
+        for edit in self.prepared:
+            if edit.needs(branch, self.context):
+                delta = edit.change(x, self.sae, branch, self.context, grid() if edit.needs_grid else None)
+                total = delta if total is None else total + delta
+        return total
 
-    def _change_of(
-        self,
-        edit: Edit,
-        x: torch.Tensor,
-        branch: str,
-        context: DenoisingContext,
-        grid: Grid,
-    ) -> torch.Tensor | None:
-        if not edit.acts_on(branch) or not edit.in_window(context.progress):
-            return None
-        strengths = edit.strengths_at(context, self.statistics, grid)
-        if strengths is None:
-            return None
-        delta = code_change(edit, self.sae, x, strengths) @ self.sae.W_dec[list(edit.features)]
-        if edit.mask is not None:
-            delta = delta * edit.mask_at(grid(), context.images).to(delta.device)
-        chosen = edit.chosen_images(context)
-        return delta if chosen is None else delta * chosen[:, None, None].to(delta)
+    def rows(self, x: torch.Tensor) -> torch.Tensor:
+        """What the SAE takes of a part of a batch, `(images, P, d)`."""
+        rows = LAYOUTS[self.site.layout].to_rows(x)
+        if rows.shape[-1] != self.sae.d_in:
+            raise InputError(
+                f"The SAE {self.name!r} takes activations of width {self.sae.d_in} and {self.site} has "
+                f"{rows.shape[-1]}; load an SAE that was trained at this site."
+            )
+        return rows
 
 
 class SAEProcessor(ModelHook):
     """Encode, edit, decode at one module, for all SAEs of one pipeline that sit there.
 
-    Every SAE reads the tensor as the model made it; their changes add up. `rules_about(name)` gives the rules that look
-    at an SAE. While `armed()` is false, or if nothing
+    Every SAE reads the tensor as the model made it; their changes add up. While `armed()` is false, or if nothing
     changes, the module's output is passed on untouched. Only `pre_forward` and `post_forward` are used, since
     other hooks on the module come and go (see Hugging Face's `HookRegistry.remove_hook`).
     """
 
-    def __init__(
-        self,
-        loaded: list[LoadedSAE],
-        context: DenoisingContext,
-        armed: Callable[[], bool],
-        rules_about: Callable[[str], list[Rule]],
-    ) -> None:
+    def __init__(self, loaded: list[LoadedSAE], context: Context, armed: Callable[[], bool]) -> None:
         super().__init__()
         self.loaded = loaded
         self.context = context
         self.armed = armed
-        self.rules_about = rules_about
-        self.calls = 0
-        self._input: torch.Tensor | None = None
+        self.fired = False
+        self._inputs: dict[str, torch.Tensor] = {}
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
         if not self.armed():
             return args, kwargs
-        self.calls += 1
-        if self._reads("update"):
-            self._input = input_of(args, kwargs)
-        if self._reads("input"):
-            x = input_of(args, kwargs)
-            edited = self._edited(x, x, "input")
-            if args:
-                args = (edited, *args[1:])
-            else:
-                kwargs = {**kwargs, "hidden_states": edited}
+        self.fired = True
+        for stream in self._streams("update"):
+            self._inputs[stream] = input_of(args, kwargs, stream)
+        for stream in self._streams("input"):
+            x = input_of(args, kwargs, stream)
+            args, kwargs = with_input(args, kwargs, stream, self._edited(x, x, "input", stream))
         return args, kwargs
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         if not self.armed():
             return output
-        x = tensor_of(output)
-        edited = self._edited(x, x, "output")
-        if self._input is not None:
-            edited = self._edited(edited, x - self._input, "update")
-            self._input = None
-        return output if edited is x else with_tensor(output, edited)
+        for stream in self._streams("output") + self._streams("update"):
+            x = tensor_of(output, module, stream)
+            edited = self._edited(x, x, "output", stream)
+            if stream in self._inputs:
+                edited = self._edited(edited, x - self._inputs.pop(stream), "update", stream)
+            if edited is not x:
+                output = with_tensor(output, edited, module, stream)
+        return output
 
-    def _reads(self, kind: str) -> bool:
-        """Whether an SAE at this kind of site has edits, or rules that look at it."""
-        return any(one.site.kind == kind and (one.edits or self.rules_about(one.name)) for one in self.loaded)
+    def _streams(self, kind: str) -> list[str]:
+        """Streams at which an SAE of this kind of site has edits, or rules that look at it."""
+        used = [one for one in self.loaded if one.site.kind == kind and (one.prepared or one.decisions)]
+        return list(dict.fromkeys(one.site.stream for one in used))
 
-    def _decide(self, one: LoadedSAE, seen: torch.Tensor) -> None:
-        """Apply the rules about an SAE that are not decided in this run."""
-        rules = [rule for rule in self.rules_about(one.name) if rule not in self.context.decisions]
-        if rules:
-            part = _rows(one, seen[self.context.rows_of("cond")])
-            self.context.decisions.update({rule: rule.holds(one.sae, part) for rule in rules})
-
-    def _edited(self, x: torch.Tensor, seen: torch.Tensor, kind: str) -> torch.Tensor:
+    def _edited(self, x: torch.Tensor, seen: torch.Tensor, kind: str, stream: str) -> torch.Tensor:
         """`x` with the changes that SAEs of this kind of site make from what they see; `x` itself if there are none."""
-        total: torch.Tensor | None = None
-        at_kind = [one for one in self.loaded if one.site.kind == kind]
-        for one in at_kind:
-            self._decide(one, seen)
-        for one in at_kind:
-            if not one.enabled or not one.edits:
-                continue
-            layout = LAYOUTS[one.site.layout]
-            for branch in self.context.branches:
-                rows = self.context.rows_of(branch)
-                part = _rows(one, seen[rows])
-                change = one.change(part, branch, self.context, lambda: grid_of(x, self.context.size))
-                if change is not None:
-                    total = torch.zeros_like(x, dtype=torch.float32) if total is None else total
-                    total[rows] += layout.from_rows(change.expand_as(part), seen[rows])
-        if total is None:
-            return x
-        total = total.to(x.dtype)
-        return torch.where(total == 0, x, x + total)  # adding 0 would turn -0 into +0
+        here = [one for one in self.loaded if one.site.kind == kind and one.site.stream == stream]
+
+        def grid() -> tuple[int, int]:
+            return grid_of(x, self.context.size)
+
+        parts = list(self.context.parts())
+        for one in here:
+            for rows in [rows for branch, rows in parts if branch == "cond"][:1]:
+                self._decide(one, seen[rows], grid)
+        result = x
+        for branch, rows in parts:
+            changes = [self._change(one, seen[rows], branch, grid) for one in here if one.prepared]
+            found = [change for change in changes if change is not None]
+            if found:
+                result = x.clone() if result is x else result
+                result[rows] = _moved(x[rows], sum(found[1:], found[0]))
+        return result
+
+    def _change(
+        self, one: LoadedSAE, seen: torch.Tensor, branch: str, grid: Callable[[], tuple[int, int]]
+    ) -> torch.Tensor | None:
+        """The change of one SAE for rows of one branch, in the shape of the site's tensor."""
+        change = one.change(one.rows(seen), branch, grid)
+        return None if change is None else LAYOUTS[one.site.layout].from_rows(change, seen)
+
+    @staticmethod
+    def _decide(one: LoadedSAE, seen: torch.Tensor, grid: Callable[[], tuple[int, int]]) -> None:
+        """Apply the rules about an SAE."""
+        for decision in one.decisions:
+            decision.see(one.sae, one.rows(seen), grid() if decision.rule.at == "place" else None)
 
 
-def _rows(one: LoadedSAE, seen: torch.Tensor) -> torch.Tensor:
-    """What the SAE takes of a part of a batch, `(images, P, d)` in fp32."""
-    one.sae.to(seen.device)
-    x = LAYOUTS[one.site.layout].to_rows(seen).float()
-    if x.shape[-1] != one.sae.d_in:
-        raise InputError(
-            f"The SAE {one.name!r} takes activations of width {one.sae.d_in} and {one.site} has {x.shape[-1]}; "
-            "load an SAE that was trained at this site."
-        )
-    return x
+def _moved(x: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    """`x + change`, summed in fp32; where nothing changes, `x` bit for bit (adding 0 would turn -0 into +0)."""
+    return torch.where(change == 0, x, (x.float() + change).to(x.dtype))
 
 
 class CaptureHook(ModelHook):
-    """Hands every output of a module to `take(site, tensor)` while `armed()` is true."""
+    """Hands every output of a module to `take(site, tensor, context)` while `armed()` is true."""
 
-    def __init__(self, site: Site, take: Callable[[Site, torch.Tensor], None], armed: Callable[[], bool]) -> None:
+    context: Context
+
+    def __init__(
+        self, site: Site, take: Callable[[Site, torch.Tensor, Context], None], armed: Callable[[], bool]
+    ) -> None:
         super().__init__()
         self.site, self.take, self.armed = site, take, armed
         self._input: torch.Tensor | None = None
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
         if self.armed() and self.site.kind != "output":
-            self._input = input_of(args, kwargs)
+            self._input = input_of(args, kwargs, self.site.stream)
         return args, kwargs
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         if self.armed():
-            x = tensor_of(output)
+            x = tensor_of(output, module, self.site.stream)
             if self._input is not None:
                 x, self._input = (self._input if self.site.kind == "input" else x - self._input), None
-            self.take(self.site, x)
+            self.take(self.site, x, self.context)
         return output
 
 
-def attach(denoiser: nn.Module, module: nn.Module, hook: ModelHook, name: str) -> None:
-    """Register `hook` on a block of `denoiser`, so that caches of the hook system notice it."""
-    HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, name)
-    HookRegistry.check_if_exists_or_initialize(denoiser).invalidate_child_registries_cache()
+def attach(root: nn.Module, module: nn.Module, hook: ModelHook, name: str) -> None:
+    """Register `hook` on a block of `root`, inside of its cache if it has one, so that the hook system notices it."""
+    registry = HookRegistry.check_if_exists_or_initialize(module)
+    with _without_cache(root):
+        registry.register_hook(hook, name)
+    HookRegistry.check_if_exists_or_initialize(root).invalidate_child_registries_cache()
+    module.__dict__.setdefault("__deepcopy__", lambda memo: _bare_copy(module, memo))
 
 
-def detach(denoiser: nn.Module, module: nn.Module, name: str) -> None:
-    """Remove the hook `name` from a block of `denoiser`."""
-    HookRegistry.check_if_exists_or_initialize(module).remove_hook(name, recurse=False)
-    HookRegistry.check_if_exists_or_initialize(denoiser).invalidate_child_registries_cache()
+def detach(root: nn.Module, module: nn.Module, name: str) -> None:
+    """Remove the hook `name` from a block of `root`."""
+    registry = HookRegistry.check_if_exists_or_initialize(module)
+    with _without_cache(root):
+        registry.remove_hook(name, recurse=False)
+    HookRegistry.check_if_exists_or_initialize(root).invalidate_child_registries_cache()
+    if not registry.hooks:
+        module.__dict__.pop("__deepcopy__", None)
+
+
+@contextmanager
+def _without_cache(root: nn.Module) -> Iterator[None]:
+    """Take a cache such as First-Block-Cache off and put it on again.
+
+    A hook that came after it would run on blocks that it skips, and edit what holds the edit already; and a hook under
+    it that goes takes it along.
+    """
+    config = root._cache_config if getattr(root, "is_cache_enabled", False) else None
+    if config is not None:
+        root.disable_cache()  # type: ignore[operator]
+    yield
+    if config is not None:
+        root.enable_cache(config)  # type: ignore[operator]
+
+
+def _bare_copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A deep copy of a hooked module without its hooks; with them, it would go on calling the original's weights."""
+    twin = type(module).__new__(type(module))
+    memo[id(module)] = twin
+    hooked = ("forward", "_diffusers_hook", "__deepcopy__")
+    twin.__dict__.update({k: copy.deepcopy(v, memo) for k, v in module.__dict__.items() if k not in hooked})
+    return twin

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 
 from .activations import Activations, SiteActivations
-from .context import check_supported
-from .edits import make_edit
+from .context import Context, arguments_of
+from .edits import check_fits, make_edit
 from .errors import InputError
+from .families import check_supported
 from .hooks import CaptureHook, LoadedSAE
 from .loaders import Source, load_source
+from .recipes import edits_of, read_json, recipe_of
 from .rules import Rule, checked_rule
 from .saes import SparseAutoencoder
 from .sites import Site, resolve, width_of
@@ -82,16 +86,16 @@ class SAESteeringMixin:
         wanted = site if site is not None else trained
         if wanted is None:
             raise InputError("The SAE does not say which site it is for; pass site='unet.…'.")
-        place = Site.of(wanted)
-        module = resolve(self, place)
-        width = width_of(module)
+        where = Site.of(wanted)
+        place = resolve(self, where)
+        width = width_of(place)
         if width is not None and width != sae.d_in:
             raise InputError(
-                f"The SAE takes activations of width {sae.d_in} and {place} has {width}; "
+                f"The SAE takes activations of width {sae.d_in} and {where} has {width}; "
                 "load an SAE that was trained at this site."
             )
-        _warn_of_other_origin(self, sae, place)
-        self._steering.add(LoadedSAE(name, sae.eval().requires_grad_(False), place, statistics), module)
+        _warn_of_other_origin(self, sae, where)
+        self._steering.add(LoadedSAE(name, sae.eval().requires_grad_(False), where, statistics), place)
 
     def steer(
         self,
@@ -104,6 +108,8 @@ class SAESteeringMixin:
         mask: Any = None,
         unit: str = "raw",
         when: Rule | None = None,
+        tokens: Sequence[int] | None = None,
+        preserve_norm: bool = False,
     ) -> None:
         """Add an edit to the plan; it stays in force until `reset_steering`.
 
@@ -111,13 +117,16 @@ class SAESteeringMixin:
             features: `{feature: strength}`. A strength is a number, a list with one number an image of the batch, a
                 function of progress, a `StrengthTable` over timesteps, or a `StrengthMap` over timesteps and places.
             adapter_name: which SAE's features; may be left out if only one is loaded.
-            mode: `add` (z + s), `set` (s), `scale` (s z) or `ablate` (z - s z).
+            mode: `add` (z + s), `set` (s), `scale` (s z), `cap` (at most s), `ablate` (z - s z), or `replace`: places
+                where a feature is above s get what the nearest place holds where none is.
             start, stop: progress between which it acts; 0 is pure noise, 1 the finished image.
-            branch: guidance branch: `cond`, `uncond` or `both`.
+            branch: guidance branch: `cond`, `uncond`, `both`, or `contrast` (on cond, and its opposite on uncond).
             mask: places it acts at: PIL image, array or tensor `(H, W)` or `(images, H, W)`, in [0, 1].
             unit: of the strengths: `raw` activation, or multiples of the latent's `mean` while firing or of its `max`,
                 at that timestep.
-            when: a `Rule`: only images for which it holds are edited.
+            when: a `Rule`: only images, or places, for which it holds are edited.
+            tokens: positions in the prompt that are edited, at sites of text.
+            preserve_norm: keep the norm of every row that is edited.
 
         Raises:
             InputError: anything above is wrong. The plan is left as it was.
@@ -126,12 +135,12 @@ class SAESteeringMixin:
         if when is not None:
             watched = self._named(getattr(when, "adapter_name", None) or one.name)
             when = checked_rule(when, watched.name, watched.sae)
-        one.edits.append(
-            make_edit(
-                features, one.sae, mode=mode, start=start, stop=stop, branch=branch, mask=mask, unit=unit,
-                when=when, statistics=one.statistics,
-            )
+        edit = make_edit(
+            features, one.sae, mode=mode, start=start, stop=stop, branch=branch, mask=mask, unit=unit,
+            when=when, tokens=tokens, preserve_norm=preserve_norm, statistics=one.statistics,
         )  # fmt: skip
+        check_fits(edit, one.site)
+        one.edits.append(edit)
 
     @contextmanager
     def steering(self, features: Mapping[int, Strength], **kwargs: Any) -> Iterator[None]:
@@ -149,6 +158,33 @@ class SAESteeringMixin:
         for one in [self._named(adapter_name)] if adapter_name else self._steering.loaded.values():
             one.edits.clear()
 
+    def save_recipe(self, path: str | os.PathLike) -> None:
+        """Write the plan to a JSON file, with what it needs to be checked when it is loaded.
+
+        Raises:
+            InputError: a strength is a function. Nothing is written.
+        """
+        recipe = recipe_of(self._steering.loaded, type(self).__name__, _base_model(self))
+        text = json.dumps(recipe, indent=1)
+        Path(path).write_text(text + "\n")
+
+    def load_recipe(self, path: str | os.PathLike) -> None:
+        """Add the edits of a recipe to the plan. The SAEs that it names must be loaded, under the names it has.
+
+        Raises:
+            InputError: the file is no recipe, or is for other SAEs, sites or versions. The plan is left as it was.
+        """
+        recipe = read_json(path)
+        edits = edits_of(recipe, self._steering.loaded)
+        trained_on, loaded = recipe.get("base_model"), _base_model(self)
+        if trained_on and loaded and _short(trained_on) != _short(loaded):
+            _warn(f"The recipe was made on {trained_on} and this pipeline is {loaded}")
+        for name, found in edits.items():
+            for edit in found:
+                check_fits(edit, self._steering.loaded[name].site)
+        for name, found in edits.items():
+            self._steering.loaded[name].edits += found
+
     @contextmanager
     def capture(self, sites: Sequence[Site | str]) -> Iterator[Activations]:
         """Collect activations, as the following layers see them, from all calls inside the `with` block.
@@ -160,15 +196,15 @@ class SAESteeringMixin:
         if isinstance(sites, (str, Site)):
             raise InputError(f"capture takes a list of sites; pass [{str(sites)!r}].")
         places = [Site.of(s) for s in sites]
-        modules = [resolve(self, place) for place in places]
+        found = [resolve(self, place) for place in places]
         activations = Activations({place.path: SiteActivations(place) for place in places})
         state = self._steering
 
-        def take(site: Site, x: torch.Tensor) -> None:
-            activations[site.path].take(x, state.context, state.first_image)
+        def take(site: Site, x: torch.Tensor, context: Context) -> None:
+            activations[site.path].take(x, context, state.first_image)
 
         hooks = [CaptureHook(place, take, lambda: state.armed) for place in places]
-        with state.attached(list(zip(modules, hooks, strict=True))):
+        with state.attached(list(zip(found, hooks, strict=True))):
             yield activations
 
     def enable_sae(self, adapter_name: str | None = None) -> None:
@@ -203,6 +239,11 @@ class SAESteeringMixin:
     def unload_sae(self) -> None:
         """Unload every SAE; the pipeline is then as it was before the first `load_sae`."""
         self.delete_saes(list(self._steering.loaded))
+
+    def progress_bar(self, iterable: Any = None, total: int | None = None) -> Any:
+        """As in diffusers. Pipelines call it when their timesteps are set, so that the plan can be made ready."""
+        self._steering.prepare()
+        return super().progress_bar(iterable, total)  # type: ignore[misc]
 
     def _named(self, name: str | None) -> LoadedSAE:
         loaded = self._steering.loaded
@@ -269,7 +310,7 @@ def _steerable(cls: Any) -> type:
 
     @functools.wraps(cls.__call__)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with self._steering.running(self):
+        with self._steering.running(self, arguments_of(cls.__call__, (self, *args), kwargs)):
             return cls.__call__(self, *args, **kwargs)
 
     return type(
@@ -282,11 +323,16 @@ def _steerable(cls: Any) -> type:
 def _warn_of_other_origin(pipe: Any, sae: SparseAutoencoder, place: Site) -> None:
     """Warn if the SAE was trained for another base model or another kind of site than the one it is put at."""
     origin = sae.provenance
-    trained_on, loaded = origin.get("base_model"), pipe.config.get("_name_or_path")
+    trained_on, loaded = origin.get("base_model"), _base_model(pipe)
     if trained_on and loaded and _short(trained_on) != _short(loaded):
         _warn(f"The SAE was trained on {trained_on} and this pipeline is {loaded}")
     if "site" in origin and Site.of(origin["site"]) != place:
         _warn(f"The SAE was trained at {Site.of(origin['site'])} and is loaded at {place}")
+
+
+def _base_model(pipe: Any) -> str | None:
+    """Where the pipeline was loaded from, if from anywhere."""
+    return pipe.config.get("_name_or_path")
 
 
 def _warn(what: str) -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from .errors import InputError
+from .families import denoiser_of
 
 KINDS = ("output", "input", "update")
+STREAMS = ("image", "text")
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Site:
     def __post_init__(self) -> None:
         for name, value, known in (
             ("kind", self.kind, KINDS),
-            ("stream", self.stream, ("image",)),
+            ("stream", self.stream, STREAMS),
             ("layout", self.layout, tuple(LAYOUTS)),
         ):
             if value not in known:
@@ -47,16 +50,25 @@ class Site:
             return site
         return cls(site) if isinstance(site, str) else cls(**site)
 
-    def at(self, path: str) -> Site:
-        return replace(self, path=path)
+    def as_dict(self) -> dict[str, str]:
+        return asdict(self)
+
+    @property
+    def is_text_encoder(self) -> bool:
+        """Whether it lies in what reads the prompt, before the denoising."""
+        return self.path.partition(".")[0] in TEXT_ENCODERS
 
     def __str__(self) -> str:
-        extra = [v for v, default in ((self.kind, "output"), (self.layout, "positions")) if v != default]
+        told = ((self.kind, "output"), (self.stream, "image"), (self.layout, "positions"))
+        extra = [value for value, default in told if value != default]
         return self.path + (f" ({', '.join(extra)})" if extra else "")
 
 
 class Layout(NamedTuple):
-    """A pair of functions: tensor -> rows `(B, P, d)`, and (rows, the tensor they came from) -> tensor."""
+    """A pair of functions: tensor -> rows `(B, P, d)`, and (rows, the tensor they came from) -> tensor.
+
+    Rows of one place, `(B, 1, d)`, stand for all places; the tensor then broadcasts.
+    """
 
     to_rows: Callable[[torch.Tensor], torch.Tensor]
     from_rows: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -67,7 +79,10 @@ def _positions_to_rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def _positions_from_rows(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return rows.transpose(1, 2).reshape(like.shape) if like.ndim == 4 else rows
+    if like.ndim != 4:
+        return rows
+    channels_first = rows.transpose(1, 2)  # (B, C, P)
+    return channels_first.unflatten(2, like.shape[2:]) if rows.shape[1] > 1 else channels_first[..., None]
 
 
 LAYOUTS = {"positions": Layout(_positions_to_rows, _positions_from_rows)}
@@ -84,55 +99,115 @@ def grid_of(x: torch.Tensor, image_size: tuple[int, int]) -> tuple[int, int]:
     return h, tokens // h
 
 
-def tensor_of(output: Any) -> torch.Tensor:
-    """The image stream's tensor in what a U-Net block returns: a tensor, a tuple that starts with it, or an output."""
+BLOCK_STREAMS: dict[str, tuple[int, int | None]] = {
+    "JointTransformerBlock": (1, 0),
+    "FluxTransformerBlock": (1, 0),
+    "FluxSingleTransformerBlock": (1, 0),
+    "Flux2TransformerBlock": (1, 0),
+    "QwenImageTransformerBlock": (1, 0),
+    "ChromaTransformerBlock": (1, 0),
+    "CogView4TransformerBlock": (0, 1),
+    "HunyuanVideoTransformerBlock": (0, 1),
+    "FluxAttention": (0, 1),
+    "Flux2Attention": (0, 1),
+    "Attention": (0, 1),
+}
+"""Positions of the image and the text stream in what a block returns, by its class; the image comes first elsewhere."""
+
+
+def _position(module: nn.Module, stream: str) -> int:
+    position = BLOCK_STREAMS.get(type(module).__name__, (0, None))[STREAMS.index(stream)]
+    if position is None:
+        raise InputError(
+            f"{type(module).__name__} returns no text stream; leave stream='text' out, or choose another block."
+        )
+    return position
+
+
+def tensor_of(output: Any, module: nn.Module, stream: str = "image") -> torch.Tensor:
+    """A stream's tensor in what a block returned: a tensor, a tuple, or one of diffusers' outputs."""
     if isinstance(output, torch.Tensor):
         return output
-    return output[0]
+    values = output if isinstance(output, tuple) else tuple(output.values())
+    position = _position(module, stream)
+    tensor = values[position] if position < len(values) else None
+    if not isinstance(tensor, torch.Tensor):
+        raise InputError(f"{type(module).__name__} returned no {stream} stream here; choose another block.")
+    return tensor
 
 
-def with_tensor(output: Any, tensor: torch.Tensor) -> Any:
-    """`output` with the image stream's tensor replaced; what was passed in is not changed."""
+def with_tensor(output: Any, tensor: torch.Tensor, module: nn.Module, stream: str = "image") -> Any:
+    """`output` with a stream's tensor replaced; what was passed in is not changed."""
     if isinstance(output, torch.Tensor):
         return tensor
+    position = _position(module, stream)
     if isinstance(output, tuple):
-        return (tensor, *output[1:])
-    return type(output)(**{key: tensor if i == 0 else value for i, (key, value) in enumerate(output.items())})
+        return (*output[:position], tensor, *output[position + 1 :])
+    return type(output)(**{key: tensor if i == position else value for i, (key, value) in enumerate(output.items())})
 
 
-def input_of(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+INPUT_NAMES = {"image": "hidden_states", "text": "encoder_hidden_states"}
+
+
+def input_of(args: tuple, kwargs: dict[str, Any], stream: str = "image") -> torch.Tensor:
     """The hidden states that a block was called with."""
-    return args[0] if args else kwargs["hidden_states"]
+    name = INPUT_NAMES[stream]
+    return kwargs[name] if name in kwargs else args[STREAMS.index(stream)]
 
 
-def resolve(pipe: Any, site: Site) -> nn.Module:
-    """The module at `site.path`; raises `InputError` with the nearest real names if there is none."""
+def with_input(args: tuple, kwargs: dict[str, Any], stream: str, tensor: torch.Tensor) -> tuple[tuple, dict[str, Any]]:
+    """The arguments of a block with its hidden states replaced."""
+    name = INPUT_NAMES[stream]
+    if name in kwargs:
+        return args, {**kwargs, name: tensor}
+    i = STREAMS.index(stream)
+    return (*args[:i], tensor, *args[i + 1 :]), kwargs
+
+
+class Place(NamedTuple):
+    """A site's module, and the component of the pipeline that it lies in."""
+
+    root_name: str
+    root: nn.Module
+    module: nn.Module
+
+
+def unwrapped(module: Any) -> Any:
+    """The module inside what `torch.compile` returns."""
+    return getattr(module, "_orig_mod", module)
+
+
+def resolve(pipe: Any, site: Site) -> Place:
+    """Where `site.path` is; raises `InputError` with the nearest real names if there is no such module."""
     component, _, rest = site.path.partition(".")
-    root = pipe.components.get(component) if hasattr(pipe, "components") else None
-    if not isinstance(root, nn.Module):
-        names = [n for n, c in pipe.components.items() if isinstance(c, nn.Module)]
+    steerable = [denoiser_of(pipe)[0], *(n for n in TEXT_ENCODERS if isinstance(getattr(pipe, n, None), nn.Module))]
+    if component not in steerable:
         raise InputError(
-            f"{site.path!r} is not a site of {type(pipe).__name__}; a path starts with {' or '.join(names)}."
+            f"{site.path!r} is not a site of {type(pipe).__name__}; a path starts with {' or '.join(steerable)}."
         )
-    if component != "unet" or not rest:
-        raise InputError(
-            f"{site.path!r} cannot be steered: sites are blocks of a U-Net; choose one, such as 'unet.mid_block'."
-        )
+    root = unwrapped(getattr(pipe, component))
     modules = dict(root.named_modules())
+    if not rest:
+        blocks = [n for n, m in modules.items() if n and isinstance(m, nn.ModuleList)]
+        raise InputError(
+            f"{site.path!r} cannot be steered as a whole: sites are blocks in it; choose one of "
+            f"{', '.join(f'{component}.{n}.0' for n in blocks[:3])}, for example."
+        )
     if rest not in modules:
         near = difflib.get_close_matches(rest, modules, n=3, cutoff=0.0)
         raise InputError(
             f"{site.path!r} does not exist in {type(root).__name__}; the nearest are "
             f"{', '.join(f'{component}.{n}' for n in near)}."
         )
-    return modules[rest]
+    return Place(component, root, modules[rest])
 
 
-def width_of(module: nn.Module) -> int | None:
-    """Channels of a block's output where the block tells them, else `None`."""
-    for block in (module, *(getattr(module, "resnets", None) or [])[-1:]):
-        for name in ("out_channels", "dim", "out_dim"):
+def width_of(place: Place) -> int | None:
+    """Channels of a block's output where the block, or the model for all of its blocks, tells them, else `None`."""
+    for block in (place.module, *(getattr(place.module, "resnets", None) or [])[-1:]):
+        for name in ("out_channels", "dim", "out_dim", "embed_dim"):
             width = getattr(block, name, None)
             if isinstance(width, int):
                 return width
-    return None
+    width = getattr(place.root, "inner_dim", None)
+    return width if isinstance(width, int) and type(place.module).__name__.endswith("Block") else None

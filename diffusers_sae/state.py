@@ -1,22 +1,55 @@
-"""What a steerable pipeline keeps: its SAEs, its context, and the hooks that hang on its U-Net."""
+"""What a steerable pipeline keeps: its SAEs, its contexts, and the hooks on its denoiser and text encoders."""
 
 from __future__ import annotations
 
 import itertools
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from diffusers.hooks import ModelHook
 from torch import nn
 
-from .context import DenoisingContext
+from .context import Context, DenoisingContext, TextContext
+from .families import denoiser_of
 from .hooks import LoadedSAE, SAEProcessor, attach, detach
-from .rules import Rule
+from .prepared import prepare
+from .rules import Decision, Rule
+from .sites import Place, unwrapped
 
 _numbers = itertools.count()
+
+
+class Root:
+    """A component of the pipeline with sites in it, and the hook on it that keeps its context."""
+
+    def __init__(self, name: str, module: nn.Module, context: Context) -> None:
+        self.name, self.module, self.context = name, module, context
+        self.users = 0
+        self.handle: Any = None
+
+
+class _Reader:
+    """The hook on a root: tells the context the arguments of every call while the pipeline runs."""
+
+    def __init__(self, state: SteeringState, context: Context, denoiser: bool) -> None:
+        self._state, self._context, self._denoiser = state, context, denoiser
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if self._state.armed:
+            if self._denoiser and not torch.compiler.is_compiling():
+                self._state.prepare()
+            self._context.update(args, kwargs)  # type: ignore[attr-defined]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return _nothing  # a copy of the module belongs to no pipeline
+
+
+def _nothing(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    pass
 
 
 class SteeringState:
@@ -24,28 +57,29 @@ class SteeringState:
 
     Hooks stay on the modules from the first `load_sae` to the last `delete_saes`, since attaching them for each call
     would make compiled models compile anew. They act only while their own pipeline runs (`armed`), so that another
-    pipeline that shares the U-Net is not touched.
+    pipeline that shares the modules is not touched.
     """
 
     def __init__(self, pipe: Any) -> None:
         self._pipe = weakref.ref(pipe)
         self._name = f"diffusers_sae_{next(_numbers)}"
-        self.context = DenoisingContext()
         self.loaded: dict[str, LoadedSAE] = {}
         self.armed = False
         self.first_image = 0
+        self._roots: dict[str, Root] = {}
         self._processors: dict[nn.Module, SAEProcessor] = {}
-        self._denoiser: nn.Module | None = None
-        self._root_hook: Any = None
-        self._users = 0
+        self._decisions: dict[Rule, Decision] = {}
+        self._prepared = False
 
-    def add(self, one: LoadedSAE, module: nn.Module) -> None:
+    def add(self, one: LoadedSAE, place: Place) -> None:
         """Hook an SAE to its module."""
-        if module not in self._processors:
-            processor = SAEProcessor([], self.context, lambda: self.armed, self.rules_about)
-            attach(self._hold_denoiser(), module, processor, self._name)
-            self._processors[module] = processor
-        self._processors[module].loaded.append(one)
+        root = self._hold(place)
+        one.context = root.context
+        if place.module not in self._processors:
+            processor = SAEProcessor([], root.context, lambda: self.armed)
+            attach(root.module, place.module, processor, self._name)
+            self._processors[place.module] = processor
+        self._processors[place.module].loaded.append(one)
         self.loaded[one.name] = one
 
     def remove(self, one: LoadedSAE) -> None:
@@ -53,9 +87,11 @@ class SteeringState:
         module, processor = next((m, p) for m, p in self._processors.items() if one in p.loaded)
         processor.loaded.remove(one)
         del self.loaded[one.name]
+        root = next(r for r in self._roots.values() if r.context is processor.context)
         if not processor.loaded:
             del self._processors[module]
-            self._release_denoiser([(module, self._name)])
+            detach(root.module, module, self._name)
+        self._release(root)
 
     def rules_about(self, name: str) -> list[Rule]:
         """Rules of all edits that look at the latents of the SAE `name`."""
@@ -63,66 +99,106 @@ class SteeringState:
         return [rule for rule in rules if rule is not None and rule.adapter_name == name]
 
     @contextmanager
-    def attached(self, hooks: Sequence[tuple[nn.Module, ModelHook]]) -> Iterator[None]:
+    def attached(self, hooks: Sequence[tuple[Place, ModelHook]]) -> Iterator[None]:
         """Other hooks of this pipeline, for the length of a `with` block."""
-        denoiser = self._hold_denoiser()
-        named = [(module, hook, f"{self._name}_capture_{next(_numbers)}") for module, hook in hooks]
-        for module, hook, name in named:
-            attach(denoiser, module, hook, name)
+        held = []
+        for place, hook in hooks:
+            root = self._hold(place)
+            hook.context = root.context  # type: ignore[attr-defined]
+            name = f"{self._name}_capture_{next(_numbers)}"
+            attach(root.module, place.module, hook, name)
+            held.append((root, place.module, name))
         try:
             yield
         finally:
-            self._release_denoiser([(module, name) for module, _, name in named])
+            for root, module, name in held:
+                detach(root.module, module, name)
+                self._release(root)
 
     @contextmanager
-    def running(self, pipe: Any) -> Iterator[None]:
+    def running(self, pipe: Any, call: Mapping[str, Any]) -> Iterator[None]:
         """One call of the pipeline: the hooks act, and a site that never fired is warned of."""
-        self.context.begin()
+        self._decisions = {}
+        self._prepared = False
+        for root in self._roots.values():
+            if isinstance(root.context, DenoisingContext):
+                root.context.start(pipe, call)
+            else:
+                root.context.begin()
+                self._prepare_edits(root, pipe._execution_device)
         for processor in self._processors.values():
-            processor.calls = 0
+            processor.fired = False
         self.armed = True
         try:
             yield
         finally:
             self.armed = False
-            self.first_image += self.context.images
+            denoiser = self._roots.get(denoiser_of(pipe)[0])
+            self.first_image += denoiser.context.images if denoiser else 0
         self._warn_of_silence(pipe)
+
+    def prepare(self) -> None:
+        """Make the plan ready; the scheduler's timesteps are set by now."""
+        if not self.armed or self._prepared:
+            return
+        self._prepared = True
+        for root in self._roots.values():
+            if isinstance(root.context, DenoisingContext):
+                device = self._pipe()._execution_device  # type: ignore[union-attr]
+                root.context.prepare(device)
+                self._prepare_edits(root, device)
+
+    def _prepare_edits(self, root: Root, device: torch.device) -> None:
+        for one in self.loaded.values():
+            if one.context is not root.context:
+                continue
+            edits = one.edits if one.enabled else []
+            one.prepared = [
+                prepare(edit, one.sae, one.statistics, root.context, self._decision(edit.when, device), device)
+                for edit in edits
+            ]
+        for one in self.loaded.values():
+            one.decisions = [d for d in self._decisions.values() if d.rule.adapter_name == one.name]
+            if one.decisions or any(e.edit.operation.needs_code for e in one.prepared):
+                one.sae.fetch()
+                one.sae.to(device)
+
+    def _decision(self, rule: Rule | None, device: torch.device) -> Decision | None:
+        if rule is None:
+            return None
+        return self._decisions.setdefault(rule, Decision(rule, device))
 
     def _warn_of_silence(self, pipe: Any) -> None:
         for processor in self._processors.values():
-            if processor.calls:
+            if processor.fired:
                 continue
-            same = pipe.unet is self._denoiser
-            why = "the site did not run" if same else "the pipeline has another U-Net now"
+            root = next(r for r in self._roots.values() if r.context is processor.context)
+            same = unwrapped(getattr(pipe, root.name, None)) is root.module
+            what_now = "the site did not run" if same else f"the pipeline has another {root.name} now"
             for one in processor.loaded:
                 edits = "The edits of" if one.enabled and one.edits else ""
                 rules = "The edits with rules about" if self.rules_about(one.name) else ""
                 for what in filter(None, (edits, rules)):
                     warnings.warn(
-                        f"{what} {one.name!r} at {one.site} never acted, since {why}; load the SAE again.",
+                        f"{what} {one.name!r} at {one.site} never acted, since {what_now}; load the SAE again.",
                         stacklevel=4,
                     )
 
-    def _hold_denoiser(self) -> nn.Module:
-        """The U-Net, which tells the context its arguments from the first hook to the last."""
-        self._users += 1
-        if self._denoiser is None:
-            self._denoiser = self._pipe().unet  # type: ignore[union-attr]
-
-            def read(module: nn.Module, args: tuple, kwargs: dict) -> None:
-                if self.armed:
-                    self.context.update(self._pipe(), args, kwargs)
-
+    def _hold(self, place: Place) -> Root:
+        """The root of a place, which tells its context its arguments from the first hook to the last."""
+        root = self._roots.get(place.root_name)
+        if root is None:
+            denoiser = place.root_name == denoiser_of(self._pipe())[0]
+            root = Root(place.root_name, place.root, DenoisingContext() if denoiser else TextContext())
+            self._roots[place.root_name] = root
+            reader = _Reader(self, root.context, denoiser)
             # a native hook: one of the registry's is lost on the root under enable_model_cpu_offload
-            self._root_hook = self._denoiser.register_forward_pre_hook(read, with_kwargs=True)
-        return self._denoiser
+            root.handle = root.module.register_forward_pre_hook(reader, with_kwargs=True)
+        root.users += 1
+        return root
 
-    def _release_denoiser(self, hooks: Sequence[tuple[nn.Module, str]]) -> None:
-        """Take `hooks` (module, name) off, and with the last ones the one on the U-Net."""
-        assert self._denoiser is not None
-        for module, name in hooks:
-            detach(self._denoiser, module, name)
-        self._users -= 1
-        if self._users == 0:
-            self._root_hook.remove()
-            self._root_hook = self._denoiser = None
+    def _release(self, root: Root) -> None:
+        root.users -= 1
+        if root.users == 0:
+            root.handle.remove()
+            del self._roots[root.name]

@@ -11,11 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .context import DenoisingContext
+from .context import Context
 from .errors import InputError
-
-Grid = Callable[[], tuple[int, int]]
-"""Height and width of a site, looked up only where they matter."""
 
 
 def _nearest(timesteps: Sequence[float], timestep: float) -> int:
@@ -40,37 +37,51 @@ class StrengthMap:
     timesteps: tuple[float, ...]
     values: torch.Tensor
 
-    def at(self, timestep: float, grid: tuple[int, int]) -> torch.Tensor:
-        """`(P,)` for a grid of P places."""
-        now = self.values[_nearest(self.timesteps, timestep)]
-        if tuple(now.shape) != grid:
-            now = F.interpolate(now[None, None], grid, mode="bilinear", align_corners=False)[0, 0]
-        return now.flatten()
+    def at(self, timestep: float) -> torch.Tensor:
+        """`(H, W)`."""
+        return self.values[_nearest(self.timesteps, timestep)]
 
 
 Strength = Real | Sequence[float] | Callable[[float], float] | StrengthTable | StrengthMap
 """A number, a list with one number an image, a function of progress, or a table over timesteps (and places)."""
 
 
-def strength_now(strength: Any, context: DenoisingContext, grid: Grid) -> torch.Tensor:
-    """A checked strength at this moment, `(1 or images, 1 or P)`."""
+def strength_table(strengths: Sequence[Any], context: Context) -> torch.Tensor:
+    """Checked strengths at all timesteps of a run, `(T, 1 or images, 1 or H, 1 or W, m)`.
+
+    Maps of different sizes are brought to the largest.
+    """
+    columns = [_column(strength, context) for strength in strengths]
+    height, width = max(c.shape[2] for c in columns), max(c.shape[3] for c in columns)
+    columns = [c if c.shape[2:] in ((1, 1), (height, width)) else _resized(c, (height, width)) for c in columns]
+    images = {c.shape[1] for c in columns} - {1}
+    if len(images) > 1:
+        raise InputError(f"Strengths of one edit have {images} numbers, one an image; give each as many.")
+    stacked = torch.stack(torch.broadcast_tensors(*columns), -1)
+    return stacked.expand(len(context.timesteps), *stacked.shape[1:])
+
+
+def _column(strength: Any, context: Context) -> torch.Tensor:
+    """One strength, `(1 or T, 1 or images, 1 or H, 1 or W)`."""
     if isinstance(strength, StrengthMap):
-        return strength.at(context.timestep, grid())[None]
+        return torch.stack([strength.at(t) for t in context.timesteps])[:, None]
     if isinstance(strength, StrengthTable):
-        return torch.tensor([[strength.at(context.timestep)]])
+        return torch.tensor([strength.at(t) for t in context.timesteps])[:, None, None, None]
     if callable(strength):
-        value = float(strength(context.progress))
-        if not math.isfinite(value):
-            raise InputError(f"A strength is {value} at progress {context.progress:.3f}; return a finite number.")
-        return torch.tensor([[value]])
+        values = [float(strength(context.progress(t))) for t in context.timesteps]
+        for value, t in zip(values, context.timesteps, strict=True):
+            if not math.isfinite(value):
+                raise InputError(
+                    f"A strength is {value} at progress {context.progress(t):.3f}; return a finite number."
+                )
+        return torch.tensor(values)[:, None, None, None]
     if isinstance(strength, Sequence):
-        if len(strength) != context.images:
-            raise InputError(
-                f"A strength has {len(strength)} numbers and the batch {context.images} images; "
-                "pass one number, or one for each image."
-            )
-        return torch.tensor([strength]).T
-    return torch.tensor([[strength]])
+        return torch.tensor(strength)[None, :, None, None]
+    return torch.tensor(float(strength)).reshape(1, 1, 1, 1)
+
+
+def _resized(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    return F.interpolate(maps, size, mode="bilinear", align_corners=False)
 
 
 def checked_strength(feature: int, strength: Any) -> Any:

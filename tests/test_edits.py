@@ -7,12 +7,21 @@ from conftest import SITE, random_sae
 from PIL import Image
 
 from diffusers_sae import InputError, LatentStatistics, StrengthMap, StrengthTable
-from diffusers_sae.context import DenoisingContext
+from diffusers_sae.context import Context
 from diffusers_sae.edits import OPERATIONS, as_mask, make_edit
+from diffusers_sae.prepared import prepare
+
+CPU = torch.device("cpu")
 
 
-def no_grid():
-    pytest.fail("the grid matters to maps alone")
+def at(*timesteps, step=0, **attributes):
+    context = Context(timesteps=timesteps, training_timesteps=1000, **attributes)
+    context.step = torch.tensor(step)
+    return context
+
+
+def strengths_of(edit, sae, context, statistics=None, grid=None):
+    return prepare(edit, sae, statistics, context, None, CPU)._strengths_now(context, grid)
 
 
 def reference(sae, x, features, strengths, mode, mask=1.0):
@@ -29,11 +38,17 @@ def reference(sae, x, features, strengths, mode, mask=1.0):
     for column, j in enumerate(features):
         s = np.asarray(strengths, dtype=float)[:, None, column]
         old = z[..., j]
-        after[..., j] = {"add": old + s, "set": s + 0 * old, "scale": s * old, "ablate": (1 - s) * old}[mode]
+        after[..., j] = {
+            "add": old + s,
+            "set": s + 0 * old,
+            "scale": s * old,
+            "cap": np.minimum(old, s),
+            "ablate": (1 - s) * old,
+        }[mode]
     return x + mask * ((after @ w_dec + b_dec) - (z @ w_dec + b_dec))
 
 
-@pytest.mark.parametrize("mode", list(OPERATIONS))
+@pytest.mark.parametrize("mode", [name for name, op in OPERATIONS.items() if not op.overwrites])
 @pytest.mark.parametrize("masked", [False, True])
 def test_steered_site_equals_the_reference(sd, mode, masked):
     sae = random_sae(n_latents=64, k=5)
@@ -61,27 +76,27 @@ def test_units_multiply_by_the_statistics_of_the_nearest_timestep(sae):
         max=torch.stack([torch.full((n,), 7.0), torch.full((n,), 11.0)]),
         rate=torch.stack([torch.full((n,), 0.5), torch.full((n,), 0.25)]),
     )
-    context = DenoisingContext(timestep=300.0, progress=0.7)
+    context = at(1000.0, 300.0, step=1)
     for unit, expected in (("raw", 1.5), ("mean", 1.5 * 12), ("max", 1.5 * 11)):
         edit = make_edit({4: 1.5}, sae, unit=unit, statistics=statistics)
-        assert edit.strengths_at(context, statistics, no_grid).item() == pytest.approx(expected)
+        assert strengths_of(edit, sae, context, statistics).item() == pytest.approx(expected)
 
 
 def test_strength_kinds(sae):
     table = StrengthTable((900.0, 100.0), (1.0, 5.0))
     edit = make_edit({0: 2, 1: [3.0, 4.0], 2: lambda p: 10 * p, 3: table}, sae)
-    context = DenoisingContext(timestep=200.0, progress=0.8, rows=4, branches=("uncond", "cond"))
+    context = at(1000.0, 200.0, step=1, rows=4, branches=("uncond", "cond"))
     expected = torch.tensor([[[2.0, 3.0, 8.0, 5.0]], [[2.0, 4.0, 8.0, 5.0]]])
-    torch.testing.assert_close(edit.strengths_at(context, None, no_grid), expected)
+    torch.testing.assert_close(strengths_of(edit, sae, context), expected)
 
 
 def test_a_map_gives_every_place_its_strength(sae):
     values = torch.tensor([[[1.0, 2.0], [3.0, 4.0]], [[5.0, 6.0], [7.0, 8.0]]])
     edit = make_edit({0: 0.5, 1: StrengthMap((900.0, 100.0), values)}, sae)
-    context = DenoisingContext(timestep=200.0, progress=0.8)
+    context = at(1000.0, 200.0, step=1)
     expected = torch.stack([torch.full((4,), 0.5), torch.tensor([5.0, 6.0, 7.0, 8.0])], -1)[None]
-    torch.testing.assert_close(edit.strengths_at(context, None, lambda: (2, 2)), expected)
-    wide = edit.strengths_at(context, None, lambda: (4, 4))[0, :, 1].view(4, 4)
+    torch.testing.assert_close(strengths_of(edit, sae, context, grid=(2, 2)), expected)
+    wide = strengths_of(edit, sae, context, grid=(4, 4))[0, :, 1].view(4, 4)
     assert wide[0, 0] == 5 and wide[3, 3] == 8
     torch.testing.assert_close(wide.mean(), values[1].mean())
 
@@ -101,6 +116,52 @@ def test_a_map_edits_places_of_the_image(sd, sae):
         sd.pipe.steer({3: strength}, mask=mask)
     torch.testing.assert_close(mapped, sd.run(), atol=1e-5, rtol=1e-4)
     assert not torch.equal(mapped, bare)
+
+
+def test_replace_overwrites_places_that_fire_by_the_nearest_that_do_not(sd, sae):
+    with sd.pipe.capture([SITE]) as bare:
+        sd.run()
+    t = bare[SITE].timestep[0].item()
+    x = bare[SITE].rows("cond", t)[0]
+    z = sae.encode(x)
+    feature = int(((z > 0).sum(0) - 20).abs().argmin())
+    bound = float(z[z[:, feature] > 0, feature].median())
+    fires = z[:, feature] > bound
+    assert 0 < fires.sum() < 64
+    places = [(p // 8, p % 8) for p in range(64)]
+    expected = x.clone()
+    for p in fires.nonzero().flatten().tolist():
+        free = [q for q in range(64) if not fires[q]]
+        distances = [(places[p][0] - places[q][0]) ** 2 + (places[p][1] - places[q][1]) ** 2 for q in free]
+        nearest = [q for q, distance in zip(free, distances, strict=True) if distance == min(distances)]
+        assert any(torch.equal(x[q], x[nearest[0]]) for q in nearest)
+        expected[p] = x[nearest[0]]
+    sd.pipe.load_sae(sae)
+    sd.pipe.steer({feature: bound}, mode="replace")
+    with sd.pipe.capture([SITE]) as steered:
+        sd.run()
+    torch.testing.assert_close(steered[SITE].rows("cond", t)[0], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_replace_leaves_an_image_in_which_every_place_fires(sd, sae):
+    sd.pipe.load_sae(sae)
+    bare = sd.run()
+    sd.pipe.steer({3: -1.0}, mode="replace")
+    assert torch.equal(bare, sd.run())
+
+
+def test_preserve_norm_turns_rows_and_does_not_stretch_them(sd, sae):
+    sd.pipe.load_sae(sae)
+    with sd.pipe.capture([SITE]) as bare:
+        sd.run()
+    sd.pipe.steer({3: 8.0}, preserve_norm=True)
+    with sd.pipe.capture([SITE]) as steered:
+        sd.run()
+    t = bare[SITE].timestep[0].item()
+    before, after = (x[SITE].rows("cond", t) for x in (bare, steered))
+    torch.testing.assert_close(after.norm(dim=-1), before.norm(dim=-1))
+    expected = torch.nn.functional.normalize(before + 8 * sae.W_dec[3], dim=-1)
+    torch.testing.assert_close(torch.nn.functional.normalize(after, dim=-1), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +198,7 @@ def test_masks_of_every_kind(mask):
         ({"features": {3: StrengthTable((1.0,), (float("nan"),))}}, "must be finite"),
         ({"features": {3: StrengthMap((1.0,), torch.full((1, 2, 2), float("inf")))}}, "must be finite"),
         ({"features": {3: StrengthMap((1.0, 2.0), torch.zeros(1, 2, 2))}}, "must be (timesteps, height, width)"),
-        ({"mode": "boost"}, "'boost' is not a mode; choose one of add, set, scale, ablate."),
+        ({"mode": "boost"}, "'boost' is not a mode; choose one of add, set, scale, cap, ablate, replace."),
         ({"branch": "neg"}, "'neg' is not a branch"),
         ({"unit": "percent"}, "'percent' is not a unit"),
         ({"unit": "mean"}, "unit='mean' needs the SAE's statistics"),
@@ -149,6 +210,10 @@ def test_masks_of_every_kind(mask):
         ({"mask": torch.ones(0, 4)}, "it must be (H, W), or (images, H, W)"),
         ({"mask": torch.full((4, 4), 2.0)}, "values outside 0 to 1"),
         ({"mask": torch.full((4, 4), float("nan"))}, "values outside 0 to 1"),
+        ({"tokens": [1]}, "tokens are for sites of text"),
+        ({"tokens": []}, "is not a list of positions"),
+        ({"tokens": "cat"}, "is not a list of positions"),
+        ({"tokens": [1.5]}, "entries that are no positions"),
         ({"mask": "left"}, "A mask of type str was passed"),
     ],
 )

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from conftest import SITE, random_sae, tiny_unet
+from conftest import SITE, random_sae
+from tiny import tiny_unet
 
 from diffusers_sae import InputError, Rule
 
@@ -53,7 +54,7 @@ def test_every_run_is_decided_anew(sd, split):
     sd.pipe.steer({3: 5.0}, when=Rule(features, above))
     for old, prompts in zip(bare, (PROMPTS, PROMPTS[::-1]), strict=True):
         changed = [not torch.equal(a, b) for a, b in zip(old, sd.run(prompt=prompts), strict=True)]
-        assert len(sd.pipe._steering.context.decisions) == 1
+        assert len(sd.pipe._steering._decisions) == 1
         assert changed == next(iter(sd.pipe._steering.context.decisions.values())).tolist()
 
 
@@ -120,3 +121,47 @@ def test_a_rule_that_was_never_decided_is_warned_of(sd, sae):
     sd.pipe.register_modules(unet=tiny_unet())
     with pytest.warns(UserWarning, match="The edits with rules about 'eye' at .* never acted"):
         sd.run()
+
+
+def test_a_rule_at_places_acts_where_it_holds(sd, sae):
+    with sd.pipe.capture([SITE]) as bare:
+        sd.run()
+    t = bare[SITE].timestep[0].item()
+    before = bare[SITE].rows("cond", t)[0]
+    z = sae.encode(before)[:, 5]
+    bound = float(z.unique()[len(z.unique()) // 2 :][:2].mean())
+    sd.pipe.load_sae(sae)
+    sd.pipe.steer({3: 8.0}, when=Rule({5: 1.0}, bound, at="place"))
+    with sd.pipe.capture([SITE]) as steered:
+        sd.run()
+    moved = steered[SITE].rows("cond", t)[0] - before
+    holds = z > bound
+    assert 0 < holds.sum() < len(z)
+    torch.testing.assert_close(moved[holds], (8 * sae.W_dec[3]).expand_as(moved[holds]), atol=1e-5, rtol=1e-4)
+    assert not moved[~holds].any()
+
+
+def test_a_rule_at_places_of_another_site_is_brought_to_the_grid(sd, sae):
+    """The mid block's grid is half as fine; each of its places decides over four."""
+    watched = "unet.mid_block"
+    torch.manual_seed(4)
+    sd.pipe.load_sae(random_sae(16, site={"path": watched}), adapter_name="eye")
+    sd.pipe.load_sae(sae, adapter_name="hand")
+    with sd.pipe.capture([SITE, watched]) as bare:
+        sd.run()
+    t = bare[SITE].timestep[0].item()
+    z = sd.pipe._steering.loaded["eye"].sae.encode(bare[watched].rows("cond", t)[0])
+    feature = int((z > 0).float().mean(0).sub(0.5).abs().argmin())
+    holds = (z[:, feature] > 0).view(4, 4).repeat_interleave(2, 0).repeat_interleave(2, 1).flatten()
+    assert 0 < holds.sum() < 64
+    sd.pipe.steer({3: 8.0}, adapter_name="hand", when=Rule({feature: 1.0}, 0.0, "eye", at="place"))
+    with sd.pipe.capture([SITE]) as steered:
+        sd.run()
+    moved = (steered[SITE].rows("cond", t) - bare[SITE].rows("cond", t))[0]
+    assert torch.equal(moved.abs().sum(-1) > 0, holds)
+
+
+def test_bad_places_of_rules(sd, sae):
+    sd.pipe.load_sae(sae)
+    with pytest.raises(InputError, match="at='corner' is not where a rule can hold"):
+        sd.pipe.steer({3: 1.0}, when=Rule({1: 1.0}, at="corner"))

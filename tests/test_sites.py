@@ -8,7 +8,9 @@ from conftest import SITE, Harness, random_sae
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from diffusers_sae import InputError, SAESteeringPipeline, Site
-from diffusers_sae.sites import LAYOUTS, grid_of, tensor_of, width_of, with_tensor
+from diffusers_sae.sites import LAYOUTS, grid_of, resolve, tensor_of, width_of, with_tensor
+
+BLOCK = torch.nn.Identity()
 
 
 @pytest.mark.parametrize("shape", [(2, 8, 3, 5), (2, 15, 8)])
@@ -36,15 +38,16 @@ def test_grids():
 def test_outputs_are_rebuilt_and_not_changed():
     a, b = torch.zeros(1), torch.ones(1)
     for output in (a, (a,), (a, "residuals")):
-        changed = with_tensor(output, b)
-        assert type(changed) is type(output) and tensor_of(changed) is b and tensor_of(output) is a
-    assert with_tensor((a, "residuals"), b)[1] == "residuals"
+        changed = with_tensor(output, b, BLOCK)
+        assert type(changed) is type(output)
+        assert tensor_of(changed, BLOCK) is b and tensor_of(output, BLOCK) is a
+    assert with_tensor((a, "residuals"), b, BLOCK)[1] == "residuals"
 
 
 def test_model_outputs_are_rebuilt():
     from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
-    out = with_tensor(Transformer2DModelOutput(sample=torch.zeros(1)), torch.ones(1))
+    out = with_tensor(Transformer2DModelOutput(sample=torch.zeros(1)), torch.ones(1), BLOCK)
     assert isinstance(out, Transformer2DModelOutput) and out.sample.item() == 1
 
 
@@ -65,7 +68,7 @@ def test_block_sites_have_the_width_they_tell_and_can_be_steered(sd, path):
     with sd.pipe.capture([path]) as activations:
         bare = sd.run()
     rows = activations[path].rows("cond")
-    told = width_of(sd.pipe.unet.get_submodule(path.removeprefix("unet.")))
+    told = width_of(resolve(sd.pipe, Site(path)))
     assert told in (None, rows.shape[-1])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -83,9 +86,10 @@ def test_block_sites_have_the_width_they_tell_and_can_be_steered(sd, path):
             "does not exist in UNet2DConditionModel; the nearest are unet.up_blocks.1.attentions.1",
         ),
         ("unett.mid_block", "is not a site of StableDiffusionPipeline; a path starts with"),
-        ("up_blocks.1.attentions.1", "a path starts with vae or text_encoder or unet."),
+        ("up_blocks.1.attentions.1", "a path starts with unet or text_encoder."),
         ("unet", "cannot be steered"),
-        ("text_encoder.encoder.layers.0", "cannot be steered"),
+        ("vae.decoder", "a path starts with unet or text_encoder."),
+        ("text_encoder.layers.0", "does not exist in CLIPTextModel; the nearest are text_encoder."),
         ("unet.mid_block", "takes activations of width 8 and unet.mid_block has 16"),
     ],
 )
@@ -106,7 +110,7 @@ def test_bad_kinds_of_site(wrong):
 
 def test_a_width_that_only_the_run_shows(sae):
     """A wrong width at a module that does not tell its own stops the call, and the pipeline runs on without the SAE."""
-    harness = Harness("sd")
+    harness = Harness()
     path = "unet.mid_block.attentions.0.transformer_blocks.0.norm1"
     bare = harness.run()
     with warnings.catch_warnings():

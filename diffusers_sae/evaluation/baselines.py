@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ..context import DenoisingContext
 from ..hooks import LoadedSAE
 from ..saes import SparseAutoencoder
 from ..sites import Site, resolve
-from ..strengths import Grid
 
 ERROR_TERMS = {"kept": 1.0, "dropped": 0.0, "wrong_sign": -1.0}
 """Weight w of the reconstruction error in `x' = dec(z') + w (x - x̂)`.
@@ -21,20 +20,22 @@ others copied: an edit that changes nothing returns `2 x̂ - x`.
 """
 
 
-@dataclass
+@dataclass(eq=False)
 class WithErrorTerm(LoadedSAE):
     """An SAE whose edits are written as `dec(z') + w (x - x̂)` on every row and step that an edit addresses."""
 
     weight: float = 1.0
 
-    def change(self, x: torch.Tensor, branch: str, context: DenoisingContext, grid: Grid) -> torch.Tensor | None:
-        delta = super().change(x, branch, context, grid)
-        if not any(edit.acts_on(branch) for edit in self.edits):
+    def change(self, x: torch.Tensor, branch: str, grid: Callable[[], tuple[int, int]]) -> torch.Tensor | None:
+        delta = super().change(x, branch, grid)
+        addressed = [edit for edit in self.prepared if branch in edit.edit.weights]
+        if not addressed:
             return delta
         lost = (self.weight - 1) * (x - self.sae(x))
-        chosen = [edit.chosen_images(context) for edit in self.edits if edit.acts_on(branch)]
-        if all(images is not None for images in chosen):
-            lost = lost * torch.stack(chosen).any(0)[:, None, None]  # type: ignore[arg-type]
+        decisions = [edit.decision for edit in addressed]
+        if None not in decisions:
+            where = [d.weights(x, grid()) for d in decisions]  # type: ignore[union-attr]
+            lost = lost * torch.stack(where).amax(0)
         return lost if delta is None else delta + lost
 
 

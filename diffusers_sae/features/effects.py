@@ -40,7 +40,7 @@ def concept_effect(
     with _recorded_calls(pipe.unet) as calls:
         pipe(list(prompts), negative_prompt=list(neutral), generator=generators, output_type="latent", **call)
     sites = {path: Site(path) for path in saes}
-    modules = {path: resolve(pipe, site) for path, site in sites.items()}
+    modules = {path: resolve(pipe, site).module for path, site in sites.items()}
     effects: dict[str, list[torch.Tensor]] = {path: [] for path in saes}
     for args, kwargs in calls:
         for path, (x, gradient) in _gradients(pipe.unet, modules, args, kwargs).items():
@@ -99,9 +99,9 @@ def _tracked(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, torch.Tenso
     tensors: dict[str, torch.Tensor] = {}
 
     def track(path: str, output: Any) -> Any:
-        x = tensor_of(output)
+        x = tensor_of(output, modules[path])
         tensors[path] = x if tensors else x.detach().requires_grad_()
-        return with_tensor(output, tensors[path])
+        return with_tensor(output, tensors[path], modules[path])
 
     handles = [
         module.register_forward_hook(lambda _, __, output, path=path: track(path, output))

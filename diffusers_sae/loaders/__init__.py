@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from ..errors import InputError
@@ -21,9 +21,11 @@ from ..saes.checksums import verify_checksums
 
 Source = str | os.PathLike | Mapping[str, torch.Tensor] | SparseAutoencoder
 KEYS = ("W_enc", "b_enc", "W_dec", "b_dec")
-COMPANIONS = ("statistics.safetensors", "concepts.safetensors")
+COMPANIONS = ("statistics.safetensors", "concepts.safetensors", "detectors.safetensors")
 """What lies beside an SAE's weights and is none of them."""
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+LARGE = 2**28
+"""Bytes from which on a file is left on disk until all of it is needed."""
 
 
 def load_source(
@@ -44,10 +46,38 @@ def load_source(
         folder = (path if path.is_dir() else download(str(source), subfolder, hub_kwargs)) / (subfolder or "")
     if not folder.is_dir():
         raise InputError(f"{folder} does not exist; its parent holds {_subfolders(folder.parent)}.")
-    verify_checksums(folder)
+    verify_checksums(folder, below=LARGE)
     file = folder / (weight_name or _weights_in(folder))
-    sae = build(read_tensors(file), {**read_config(folder), **(config or {})}, str(file))
-    return sae, LatentStatistics.load(folder)
+    arguments = {**read_config(folder), **(config or {})}
+    if file.suffix == ".safetensors" and file.is_file() and file.stat().st_size >= LARGE:
+        return open_lazily(folder, file, arguments), LatentStatistics.load(folder)
+    return build(read_tensors(file), arguments, str(file)), LatentStatistics.load(folder)
+
+
+def open_lazily(folder: Path, file: Path, config: Mapping[str, Any]) -> SparseAutoencoder:
+    """An SAE whose weights stay in the file; what needs them all reads, and checks, them then."""
+    try:
+        with safe_open(file, "pt") as tensors:
+            shapes = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"{file} cannot be read ({error}); it is truncated or no weights file: fetch it again."
+        ) from None
+    cls, arguments = _architecture(shapes, config, str(file))
+
+    def read() -> Mapping[str, torch.Tensor]:
+        verify_checksums(folder)
+        return build(read_tensors(file), config, str(file)).state_dict()
+
+    def read_rows(features: Sequence[int]) -> torch.Tensor:
+        with safe_open(file, "pt") as tensors:
+            rows = tensors.get_slice("W_dec")
+            found = torch.cat([rows[j : j + 1] for j in features]).float()
+        if not torch.isfinite(found).all():
+            raise InputError(f"{file} has weights that are not finite; fetch or train the SAE again.")
+        return found
+
+    return cls.on_disk(arguments, read, read_rows)
 
 
 def download(repository: str, subfolder: str | None, hub_kwargs: Mapping[str, Any]) -> Path:
@@ -84,38 +114,48 @@ def read_tensors(file: Path) -> Mapping[str, torch.Tensor]:
             f"{file} is a pickle that could run code, so it was not read; convert it to safetensors where you trust it."
         ) from None
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:
-        raise InputError(
-            f"{file} cannot be read ({error}); it is truncated or no weights file: fetch it again."
-        ) from None
+        raise _unreadable(file, error) from None
     return tensors.get("state_dict", tensors)
+
+
+def _unreadable(file: Path, error: Exception) -> InputError:
+    return InputError(f"{file} cannot be read ({error}); it is truncated or no weights file: fetch it again.")
 
 
 def build(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], origin: str) -> SparseAutoencoder:
     """An SAE from its tensors and its config; raises `InputError` unless they agree."""
-    missing = [k for k in KEYS if k not in tensors]
-    if missing:
-        raise InputError(f"{origin} has no {', '.join(missing)}; an SAE has the tensors {', '.join(KEYS)}.")
-    n, d = tensors["W_dec"].shape
-    for key, shape in (("W_enc", (n, d)), ("b_enc", (n,)), ("b_dec", (d,))):
-        if tuple(tensors[key].shape) != shape:
-            raise InputError(
-                f"{origin} has a {key} of shape {tuple(tensors[key].shape)}; with W_dec ({n}, {d}) it must be {shape}."
-            )
+    cls, arguments = _architecture({key: tuple(tensor.shape) for key, tensor in tensors.items()}, config, origin)
     if not all(torch.isfinite(tensors[k]).all() for k in KEYS):
         raise InputError(f"{origin} has weights that are not finite; fetch or train the SAE again.")
+    sae = cls(**arguments)
+    sae.load_state_dict({k: tensors[k].float() for k in KEYS})
+    return sae
+
+
+def _architecture(
+    shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], origin: str
+) -> tuple[type[SparseAutoencoder], dict[str, Any]]:
+    """The class that fits a config and the shapes of its tensors, and the arguments that make it."""
+    missing = [k for k in KEYS if k not in shapes]
+    if missing:
+        raise InputError(f"{origin} has no {', '.join(missing)}; an SAE has the tensors {', '.join(KEYS)}.")
+    n, d = shapes["W_dec"]
+    for key, shape in (("W_enc", (n, d)), ("b_enc", (n,)), ("b_dec", (d,))):
+        if shapes[key] != shape:
+            raise InputError(f"{origin} has a {key} of shape {shapes[key]}; with W_dec ({n}, {d}) it must be {shape}.")
     name = config.get("_class_name", "TopKSAE")
     if name not in ARCHITECTURES:
         raise InputError(f"{origin} is a {name}, which is not known; known are {', '.join(ARCHITECTURES)}.")
     cls = ARCHITECTURES[name]
     arguments = {k: v for k, v in config.items() if not k.startswith("_")} | {"d_in": d, "n_latents": n}
     try:
-        sae = cls(**arguments)
+        with torch.device("meta"):
+            cls(**arguments)
     except TypeError as error:
         raise InputError(
             f"{origin} cannot be made a {name} ({error}); pass what is missing as config={{...}}."
         ) from None
-    sae.load_state_dict({k: tensors[k].float() for k in KEYS})
-    return sae
+    return cls, arguments
 
 
 def _weights_in(folder: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -63,6 +64,41 @@ class SparseAutoencoder(ModelMixin, ConfigMixin):
     @property
     def n_latents(self) -> int:
         return self.W_dec.shape[0]
+
+    _read: Callable[[], Mapping[str, torch.Tensor]] | None = None
+    _read_rows: Callable[[Sequence[int]], torch.Tensor] | None = None
+
+    @classmethod
+    def on_disk(
+        cls,
+        config: Mapping[str, Any],
+        read: Callable[[], Mapping[str, torch.Tensor]],
+        read_rows: Callable[[Sequence[int]], torch.Tensor],
+    ) -> SparseAutoencoder:
+        """An SAE whose weights are left where they are until they are needed.
+
+        Args:
+            config: arguments of the class.
+            read: gives the tensors of all parameters.
+            read_rows: gives some rows of `W_dec`, which is all that an edit of mode `add` needs.
+        """
+        with torch.device("meta"):
+            sae = cls(**config)
+        sae._read, sae._read_rows = read, read_rows
+        return sae
+
+    def fetch(self) -> None:
+        """Read the weights, if they are still on disk."""
+        if self._read is not None:
+            self.load_state_dict(self._read(), assign=True)
+            self._read = self._read_rows = None
+            self.requires_grad_(False)
+
+    def decoder_rows(self, features: Sequence[int]) -> torch.Tensor:
+        """The directions of some features, `(m, d)` in fp32."""
+        if self._read_rows is not None:
+            return self._read_rows(features).float()
+        return self.W_dec.detach()[list(features)].float()
 
     @property
     def provenance(self) -> dict[str, Any]:

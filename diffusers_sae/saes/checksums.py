@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 
 from ..errors import InputError
@@ -22,8 +23,11 @@ def write_checksums(folder: Path) -> None:
     (folder / FILE).write_text(json.dumps({p.name: sha256(p) for p in files}, indent=1) + "\n")
 
 
-def verify_checksums(folder: Path) -> None:
-    """Raise `InputError` if a recorded file is missing or differs. A folder without `checksums.json` passes."""
+def verify_checksums(folder: Path, below: float = math.inf) -> None:
+    """Raise `InputError` if a recorded file is missing or differs. A folder without `checksums.json` passes.
+
+    Files of `below` bytes or more are not read.
+    """
     record = folder / FILE
     if not record.exists():
         return
@@ -31,7 +35,7 @@ def verify_checksums(folder: Path) -> None:
         path = folder / name
         if not path.is_file():
             raise InputError(f"{path} is missing although {record} lists it; fetch or save the SAE again.")
-        if sha256(path) != expected:
+        if path.stat().st_size < below and sha256(path) != expected:
             raise InputError(
                 f"{path} does not have the checksum that {record} records, so it is truncated or altered; "
                 "fetch or save the SAE again."

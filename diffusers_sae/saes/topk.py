@@ -6,9 +6,13 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import register_to_config
+from torch import nn
 
 from ..errors import InputError
 from .base import SparseAutoencoder, SparseCode, register_architecture
+
+BLOCK = 4096
+"""Latents whose pre-activations are looked at together."""
 
 
 @register_architecture
@@ -35,7 +39,17 @@ class TopKSAE(SparseAutoencoder):
         return SparseCode(values, indices)
 
     def encode_only(self, x: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        pre = self.pre_activations(x).relu_()
-        kth = pre.topk(self.k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
-        z = pre[..., features]
+        """The k-th largest pre-activation decides; it is found in blocks, and no dense code is kept."""
+        centred = x.float() - self.b_dec
+        z = centred.new_zeros(*x.shape[:-1], len(features))
+        largest = []
+        for start in range(0, self.n_latents, BLOCK):
+            rows = slice(start, start + BLOCK)
+            pre = nn.functional.linear(centred, self.W_enc[rows], self.b_enc[rows]).relu_()
+            width = pre.shape[-1]
+            here = features - start
+            # from this very product, since another one may round the k-th latent below itself
+            z = torch.where((here >= 0) & (here < width), pre[..., here.clamp(0, width - 1)], z)
+            largest.append(pre.topk(min(self.k, width), dim=-1, sorted=False).values)
+        kth = torch.cat(largest, -1).topk(self.k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
         return z * (z >= kth)

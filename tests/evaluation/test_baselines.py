@@ -18,7 +18,7 @@ def site_values(harness):
 @pytest.mark.parametrize("strength", [0.0, 0.7])
 def test_error_terms(strength):
     sae = random_sae()
-    harness = Harness("sd")
+    harness = Harness()
     x, uncond = site_values(harness)
     x_hat = sae(x)
     removed = strength * (sae.encode(x) * (torch.arange(32) == 3)) @ sae.W_dec

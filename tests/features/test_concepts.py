@@ -60,7 +60,7 @@ def test_towards_adds_what_the_concept_has_more_of(scores):
         plan = scores.towards("sepia", 3.0, percentile=90, instead_of=instead_of)
         for t, step in enumerate((900.0, 100.0)):
             largest = difference[t].abs().mean(0).topk(20).indices.tolist()
-            given = {j: strength.at(step, (2, 3)) for j, strength in plan.items()}
+            given = {j: strength.at(step).flatten() for j, strength in plan.items()}
             assert sorted(j for j, strength in given.items() if strength.any()) == sorted(largest)
             for j in largest:
                 torch.testing.assert_close(given[j], (3 * difference[t, :, j]).float(), atol=1e-5, rtol=1e-4)

@@ -18,7 +18,7 @@ def predictions(pipe, **kwargs):
 
 
 def test_effect_is_the_derivative_of_the_share_by_the_latent():
-    harness, sae = Harness("sd"), random_sae()
+    harness, sae = Harness(), random_sae()
     effects, timesteps = concept_effect(harness.pipe, {SITE: sae}, ["ab"], ["cd"], **CALL)
     effect = effects[SITE]
     assert timesteps.tolist() == harness.pipe.scheduler.timesteps.tolist()
@@ -38,7 +38,7 @@ def test_effect_is_the_derivative_of_the_share_by_the_latent():
 
 
 def test_effects_of_a_batch_are_averaged_and_the_pipeline_is_left_alone():
-    harness, sae = Harness("sd"), random_sae()
+    harness, sae = Harness(), random_sae()
     bare = harness.run()
     saes = {SITE: sae}
     both = concept_effect(harness.pipe, saes, ["ab", "ef"], ["cd", "gh"], **CALL)[0][SITE]
@@ -51,7 +51,7 @@ def test_effects_of_a_batch_are_averaged_and_the_pipeline_is_left_alone():
 
 
 def test_sites_measured_together_are_as_measured_alone():
-    harness = Harness("sd")
+    harness = Harness()
     saes = {"unet.mid_block": random_sae(16), SITE: random_sae()}
     both, timesteps = concept_effect(harness.pipe, saes, ["ab"], ["cd"], **CALL)
     for site, sae in saes.items():

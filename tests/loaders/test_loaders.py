@@ -184,7 +184,7 @@ def test_a_site_that_never_ran_is_warned_of(sd, sae):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sd.run()
-    from conftest import tiny_unet
+    from tiny import tiny_unet
 
     sd.pipe.register_modules(unet=tiny_unet())
     with pytest.warns(
@@ -196,3 +196,42 @@ def test_a_site_that_never_ran_is_warned_of(sd, sae):
 def test_config_is_plain_json(folder):
     config = json.loads((folder / "config.json").read_text())
     assert config["_class_name"] == "TopKSAE" and config["provenance"]["site"]["path"] == SITE
+
+
+def test_large_files_stay_on_disk_until_they_are_needed(sd, sae, tmp_path, monkeypatch):
+    """`add` reads its rows alone; what needs the code reads all, and checks it."""
+    sae.save_pretrained(tmp_path)
+    sd.pipe.load_sae(tmp_path, adapter_name="whole")
+    sd.pipe.steer({3: 5.0}, adapter_name="whole")
+    added = sd.run()
+    sd.pipe.reset_steering()
+    sd.pipe.steer({3: 0.5}, adapter_name="whole", mode="set")
+    put = sd.run()
+    sd.pipe.unload_sae()
+    monkeypatch.setattr("diffusers_sae.loaders.LARGE", 0)
+    sd.pipe.load_sae(tmp_path, adapter_name="lazy")
+    lazy = sd.pipe._steering.loaded["lazy"].sae
+    assert lazy.W_dec.device.type == "meta" and lazy.d_in == sae.d_in and lazy.n_latents == sae.n_latents
+    sd.pipe.steer({3: 5.0})
+    assert torch.equal(sd.run(), added)
+    assert lazy.W_dec.device.type == "meta"
+    sd.pipe.reset_steering()
+    sd.pipe.steer({3: 0.5}, mode="set")
+    assert torch.equal(sd.run(), put)
+    assert lazy.W_dec.device.type == "cpu"
+
+
+def test_a_large_file_that_was_altered_is_refused_when_it_is_read(sd, sae, tmp_path, monkeypatch):
+    monkeypatch.setattr("diffusers_sae.loaders.LARGE", 0)
+    sae.save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    bare = sd.run()
+    sd.pipe.load_sae(tmp_path)
+    sd.pipe.steer({3: 0.5}, mode="set")
+    with pytest.raises(InputError, match="does not have the checksum"):
+        sd.run()
+    sd.pipe.reset_steering()
+    assert torch.equal(sd.run(), bare)

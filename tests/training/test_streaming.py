@@ -26,9 +26,7 @@ def prompts(n=24):
 def run(folder, words=None, config=CONFIG):
     torch.manual_seed(0)
     makers = {site: lambda d: TopKSAE(d, 32, 4) for site in SITES}
-    return train_on_stream(
-        Harness("sd").pipe, makers, words or prompts(), config, folder, training={"lr": 3e-3}, **CALL
-    )
+    return train_on_stream(Harness().pipe, makers, words or prompts(), config, folder, training={"lr": 3e-3}, **CALL)
 
 
 def test_a_run_that_is_done_gives_its_saes_again(tmp_path):
@@ -59,7 +57,7 @@ def test_every_site_gets_an_sae_that_has_learned(tmp_path):
 
 
 def fvu_by_timestep(sae, site=SITE):
-    pipe = Harness("sd").pipe
+    pipe = Harness().pipe
     (batch,) = stream_activations(pipe, [site], prompts(16), batch_size=16, seed=999, **CALL)
     rows, timesteps = batch.rows(site, "cond")
     with torch.no_grad():
@@ -77,7 +75,7 @@ def test_emphasis_presses_down_the_hardest_timestep_of_trained_saes(tmp_path):
     for emphasis in (0.0, 6.0):
         config = replace(CONFIG, images=48, seed=100, emphasis=emphasis)
         again = train_on_stream(
-            Harness("sd").pipe, {SITE: lambda d: copy.deepcopy(sae).train()}, prompts(48), config,
+            Harness().pipe, {SITE: lambda d: copy.deepcopy(sae).train()}, prompts(48), config,
             tmp_path / str(emphasis), training={"lr": 3e-3}, trained=True, **CALL,
         )[SITE]  # fmt: skip
         after = fvu_by_timestep(again)

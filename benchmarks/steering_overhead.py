@@ -1,0 +1,225 @@
+"""What steering costs: `python benchmarks/steering_overhead.py`. Writes `benchmarks/results/steering_overhead.json`.
+
+(a) our hook against the one that dense systems use (encode all, decode all, put the error back), side by side;
+(b) a denoiser of the size of Stable Diffusion 1.5's, steered and bare;
+(c) the same on a GPU, where there is one, eager and compiled;
+(d) what is read and kept to steer ten features of a 163,840-latent SAE that lies on disk.
+
+Sides take turns and medians are compared, since these machines are noisy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import save_file
+
+from diffusers_sae import SAESteeringPipeline, TopKSAE
+from diffusers_sae.context import Context
+from diffusers_sae.edits import make_edit
+from diffusers_sae.hooks import LoadedSAE, SAEProcessor
+from diffusers_sae.prepared import prepare
+from diffusers_sae.sites import Site
+
+WIDTH, ROWS, K = 1280, 512, 32
+SITE = "unet.up_blocks.1.attentions.1"
+
+
+def interleaved(sides: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Median seconds of each side over rounds in which all of them run."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for i in range(rounds + 1):
+        for name, side in sides.items():
+            start = time.perf_counter()
+            side()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if i:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(each) for name, each in times.items()}
+
+
+@torch.no_grad()
+def dense_hook(sae: TopKSAE, x: torch.Tensor, features: torch.Tensor, strength: float, mode: str) -> torch.Tensor:
+    """What SAeuron and sdxl-unbox do at every call: a dense code, a dense decoding, and the error put back."""
+    code = sae.encode(x)
+    lost = x - (code @ sae.W_dec + sae.b_dec)
+    if mode == "add":
+        code[..., features] += strength
+    else:
+        code[..., features] *= strength
+    return code @ sae.W_dec + sae.b_dec + lost
+
+
+@torch.no_grad()
+def hooks(rounds: int) -> list[dict[str, Any]]:
+    """(a): one call of the hook on 512 rows of width 1280."""
+    found = []
+    for n in (20_480, 163_840):
+        torch.manual_seed(0)
+        sae = TopKSAE(WIDTH, n, K).eval().requires_grad_(False)
+        x = torch.randn(2, WIDTH, 16, 16)  # [uncond, cond] of 256 places
+        rows = x.flatten(2).transpose(1, 2)
+        for mode in ("add", "scale"):
+            for m in (1, 10, 100):
+                features = torch.randperm(n)[:m]
+                context = Context(rows=2, branches=("uncond", "cond"))
+                one = LoadedSAE("bench", sae, Site(SITE), context=context)
+                edit = make_edit(dict.fromkeys(features.tolist(), 2.0), sae, mode=mode, branch="both")
+                one.prepared = [prepare(edit, sae, None, context, None, torch.device("cpu"))]
+                hook = SAEProcessor([one], context, lambda: True)
+                times = interleaved(
+                    {
+                        "ours": partial(hook.post_forward, torch.nn.Identity(), x),
+                        "dense": partial(dense_hook, sae, rows, features, 2.0, mode),
+                    },
+                    rounds if n < 100_000 else max(2, rounds // 4),
+                )
+                found.append(
+                    {
+                        "latents": n,
+                        "mode": mode,
+                        "features": m,
+                        **times,
+                        "dense_over_ours": times["dense"] / times["ours"],
+                    }
+                )
+                print(json.dumps(found[-1]))
+    return found
+
+
+def sd15_size(dtype: torch.dtype, device: str) -> Any:
+    """A pipeline with a U-Net of the size of Stable Diffusion 1.5's and random weights; nothing else is needed."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768).to(dtype).eval().requires_grad_(False)
+    pipe = StableDiffusionPipeline(
+        vae=None,
+        text_encoder=None,
+        tokenizer=None,
+        unet=unet,
+        scheduler=DDIMScheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return SAESteeringPipeline.from_pipe(pipe)
+
+
+@torch.no_grad()
+def denoiser(dtype: torch.dtype, device: str, steps: int, rounds: int, compiled: bool = False) -> dict[str, Any]:
+    """(b), (c): whole runs of the pipeline, guidance on, ten features steered in every mode of cost."""
+    pipe = sd15_size(dtype, device)
+    width = pipe.unet.get_submodule(SITE.removeprefix("unet.")).out_channels or WIDTH
+    call = {
+        "prompt_embeds": torch.randn(1, 77, 768, dtype=dtype, device=device),
+        "negative_prompt_embeds": torch.randn(1, 77, 768, dtype=dtype, device=device),
+        "num_inference_steps": steps,
+        "guidance_scale": 7.5,
+        "output_type": "latent",
+        "height": 512,
+        "width": 512,
+    }
+    pipe.load_sae(TopKSAE(width, 20_480, K), site=SITE)
+    if compiled:
+        pipe.unet = torch.compile(pipe.unet, fullgraph=True)
+
+    def run(mode: str | None) -> None:
+        pipe.reset_steering()
+        if mode:
+            pipe.steer(dict.fromkeys(range(10), 1.5), mode=mode)
+        pipe(generator=torch.Generator(device).manual_seed(0), **call)
+
+    times = interleaved({"bare": lambda: run(None), "add": lambda: run("add"), "scale": lambda: run("scale")}, rounds)
+    return {
+        "dtype": str(dtype),
+        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
+        "compiled": compiled,
+        "steps": steps,
+        **times,
+        **{f"{mode}_over_bare": times[mode] / times["bare"] for mode in ("add", "scale")},
+    }
+
+
+def from_disk() -> dict[str, Any]:
+    """(d): a child process opens a large SAE, steers ten features of it and counts what it read and kept."""
+    with tempfile.TemporaryDirectory() as folder:
+        n, file = 163_840, Path(folder) / "model.safetensors"
+        row = torch.randn(n, WIDTH)
+        save_file({"W_enc": row, "b_enc": torch.zeros(n), "W_dec": row.clone(), "b_dec": torch.zeros(WIDTH)}, file)
+        del row
+        subprocess.run(["sync"], check=False)
+        told = subprocess.run(
+            [sys.executable, __file__, "--child", str(file)], check=True, capture_output=True, text=True
+        ).stdout
+        found = json.loads(told.splitlines()[-1])
+        size = file.stat().st_size
+    return {
+        **found,
+        "file_bytes": size,
+        "read_share": found["read_bytes"] / size,
+        "kept_share": found["kept_bytes"] / size,
+    }
+
+
+def child(file: Path) -> None:
+    """Prints what opening the file and preparing an `add` of ten features read and kept."""
+    from diffusers_sae.loaders import load_source
+
+    def read_bytes() -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt * resource.getpagesize()
+
+    faults, peak = read_bytes(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    sae, _ = load_source(file, config={"k": K})
+    edit = make_edit(dict.fromkeys(range(0, 163_840, 16_384), 2.0), sae)
+    prepare(edit, sae, None, Context(), None, torch.device("cpu"))
+    peak_after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(json.dumps({"read_bytes": read_bytes() - faults, "kept_bytes": 1024 * (peak_after - peak)}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=1, help="denoising steps of a run of (b)")
+    parser.add_argument("--parts", default="a,b,c,d")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/steering_overhead.json"))
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        child(args.child)
+        return
+    figures = json.loads(args.out.read_text()) if args.out.exists() else {}
+    figures["machine"] = {"threads": torch.get_num_threads(), "torch": torch.__version__, "cpu": platform.machine()}
+    parts = args.parts.split(",")
+    if "a" in parts:
+        figures["hook"] = hooks(args.rounds)
+    if "d" in parts:
+        figures["from_disk"] = from_disk()
+        print(json.dumps(figures["from_disk"]))
+    if "b" in parts:
+        figures["denoiser"] = denoiser(torch.bfloat16, "cpu", args.steps, max(3, args.rounds // 4))
+        print(json.dumps(figures["denoiser"]))
+    if "c" in parts and torch.cuda.is_available():
+        figures["denoiser_gpu"] = [denoiser(torch.float16, "cuda", 20, args.rounds, c) for c in (False, True)]
+        print(json.dumps(figures["denoiser_gpu"]))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""How each family of pipelines calls its denoiser: guidance branches, their order, and the unit of the timestep.
+
+Facts read from the pipelines of diffusers 0.42; the first row of `FAMILIES` whose name is a part of the class name
+counts. A pipeline without a row is taken to put `[uncond, cond]` in one batch if it has the property
+`do_classifier_free_guidance`, and refused if not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from .errors import InputError
+
+DENOISERS = ("transformer", "unet")
+Call = Mapping[str, Any]
+"""The arguments of the running call of a pipeline, defaults filled in."""
+
+
+class Family(NamedTuple):
+    """How pipelines of one kind call their denoiser.
+
+    `branches(pipe, call)` names them in order. They lie side by side in one batch, or, if `in_turn`, the denoiser is
+    called once for each. `unit(pipe)` is (a, b) such that the scheduler's timestep is a t + b where the denoiser is
+    given t. `cut_off` says that some steps may be without guidance although it is on.
+    """
+
+    branches: Callable[[Any, Call], tuple[str, ...]]
+    in_turn: bool = False
+    unit: Callable[[Any], tuple[float, float]] = lambda pipe: (1.0, 0.0)
+    cut_off: bool = False
+
+
+def _training_timesteps(pipe: Any) -> int:
+    return pipe.scheduler.config.num_train_timesteps
+
+
+def _share(pipe: Any) -> tuple[float, float]:
+    return float(_training_timesteps(pipe)), 0.0
+
+
+def _share_from_noise(pipe: Any) -> tuple[float, float]:
+    return -float(_training_timesteps(pipe)), float(_training_timesteps(pipe))
+
+
+def _scaled(pipe: Any) -> tuple[float, float]:
+    return 1 / pipe.transformer.config.timestep_scale, 0.0
+
+
+def _guided(pipe: Any, call: Call) -> tuple[str, ...]:
+    return ("uncond", "cond") if pipe.do_classifier_free_guidance else ("cond",)
+
+
+def _cond_first(pipe: Any, call: Call) -> tuple[str, ...]:
+    return ("cond", "uncond") if pipe.do_classifier_free_guidance else ("cond",)
+
+
+def _by_scale(pipe: Any, call: Call) -> tuple[str, ...]:
+    return ("uncond", "cond") if (call.get("guidance_scale") or 0) > 1 else ("cond",)
+
+
+def _true_guidance(pipe: Any, call: Call) -> tuple[str, ...]:
+    negative = any(call.get(name) is not None for name in ("negative_prompt", "negative_prompt_embeds"))
+    return ("cond", "uncond") if negative and (call.get("true_cfg_scale") or 0) > 1 else ("cond",)
+
+
+def _perturbed(unguided: Callable[[Any, Call], tuple[str, ...]]) -> Callable[[Any, Call], tuple[str, ...]]:
+    def branches(pipe: Any, call: Call) -> tuple[str, ...]:
+        return unguided(pipe, call) + (("perturbed",) if pipe.do_perturbed_attention_guidance else ())
+
+    return branches
+
+
+def _instruct(pipe: Any, call: Call) -> tuple[str, ...]:
+    return ("cond", "image", "uncond") if pipe.do_classifier_free_guidance else ("cond",)
+
+
+def _instruct_xl(pipe: Any, call: Call) -> tuple[str, ...]:
+    guided = call["guidance_scale"] > 1 and call["image_guidance_scale"] >= 1
+    return ("cond", "image", "uncond") if guided else ("cond",)
+
+
+def _edits(pipe: Any, call: Call) -> tuple[str, ...]:
+    return ("uncond", *["cond"] * (getattr(pipe, "enabled_editing_prompts", 0) or 0))
+
+
+FAMILIES: dict[str, Family] = {
+    "StableDiffusionXLInstructPix2Pix": Family(_instruct_xl),
+    "InstructPix2Pix": Family(_instruct),
+    "LEdits": Family(_edits),
+    "PixArtSigmaPAG": Family(_perturbed(_by_scale)),
+    "SanaPAG": Family(_perturbed(_guided), unit=_scaled),
+    "PAG": Family(_perturbed(_guided)),
+    "PixArt": Family(_by_scale),
+    "KandinskyV22Controlnet": Family(_by_scale),
+    "AuraFlow": Family(_by_scale),
+    "Flux2Klein": Family(_cond_first, in_turn=True, unit=_share),
+    "Flux": Family(_true_guidance, in_turn=True, unit=_share),
+    "QwenImage": Family(_true_guidance, in_turn=True, unit=_share),
+    "Chroma": Family(_cond_first, in_turn=True, unit=_share),
+    "ZImage": Family(_cond_first, unit=_share_from_noise, cut_off=True),
+    "SanaSprint": Family(lambda pipe, call: ("cond",)),
+    "Sana": Family(_guided, unit=_scaled),
+    "CogView4": Family(_cond_first, in_turn=True),
+}
+"""The families that differ from the rule, by a part of the pipeline's class name."""
+
+GENERAL = Family(_guided)
+
+
+def family_of(pipe: Any) -> Family:
+    """How this pipeline calls its denoiser."""
+    name = type(pipe).__name__
+    return next((family for part, family in FAMILIES.items() if part in name), GENERAL)
+
+
+def denoiser_of(pipe: Any) -> tuple[str, nn.Module]:
+    """Name and module of the pipeline's denoiser; raises `InputError` if it has none that can be steered."""
+    for name in DENOISERS:
+        module = getattr(pipe, name, None)
+        if isinstance(module, nn.Module):
+            return name, module
+    raise InputError(
+        f"{type(pipe).__name__} has neither a U-Net nor a transformer, so there is nothing to steer in it; load a "
+        "text-to-image pipeline or one of its kind."
+    )
+
+
+def check_supported(pipe: Any) -> None:
+    """Raise `InputError` for a pipeline whose branches or timesteps could only be guessed."""
+    denoiser_of(pipe)
+    if family_of(pipe) is GENERAL and not hasattr(type(pipe), "do_classifier_free_guidance"):
+        raise InputError(
+            f"{type(pipe).__name__} does not say whether guidance is on, so that branches could not be told apart; "
+            "use a pipeline with the property do_classifier_free_guidance, such as StableDiffusionPipeline."
+        )
+
+
+def images_of(call: Call) -> int | None:
+    """Images that a call makes, prompts times images a prompt; `None` if its arguments do not tell."""
+    for name in ("prompt", "prompt_embeds", "image_embeds"):
+        value = call.get(name)
+        if value is not None:
+            count = 1 if isinstance(value, str) else len(value)
+            return count * (call.get("num_images_per_prompt") or 1)
+    return None

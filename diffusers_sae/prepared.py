@@ -1,0 +1,180 @@
+"""Edits made ready for one run: all that does not depend on activations, as tensors on the run's device.
+
+Nothing here is read back from the device, so that the denoising loop never waits, and `torch.compile` sees tensors
+where users change numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from .context import Context
+from .edits import Edit
+from .errors import InputError
+from .rules import Decision
+from .saes import LatentStatistics, SparseAutoencoder
+from .strengths import strength_table
+
+
+@dataclass
+class PreparedEdit:
+    """One edit for one run.
+
+    Args:
+        edit: what was asked for.
+        strengths: `(T, 1 or images, 1 or H, 1 or W, m)` in raw units.
+        inside: `(T,)`, 1 for timesteps inside the window.
+        acts: for each of the T timesteps, whether it is inside and any strength is not the identity.
+        features: `(m,)`.
+        directions: `(m, d)`, their decoder rows.
+        mask: `(1 or images, 1, H, W)` in [0, 1].
+        decision: of the edit's rule.
+    """
+
+    edit: Edit
+    strengths: torch.Tensor
+    inside: torch.Tensor
+    acts: tuple[bool, ...]
+    features: torch.Tensor
+    directions: torch.Tensor
+    mask: torch.Tensor | None
+    decision: Decision | None
+
+    @property
+    def needs_grid(self) -> bool:
+        """Whether it depends on where a place lies in the image."""
+        at_places = self.decision is not None and self.decision.rule.at == "place"
+        spread = self.strengths.shape[2:4] != (1, 1)
+        return self.mask is not None or spread or at_places or self.edit.operation.overwrites
+
+    @property
+    def windowed(self) -> bool:
+        """Whether the edit has a window of progress; asked of the edit, since its strengths must not matter here."""
+        return (self.edit.start, self.edit.stop) != (0.0, 1.0)
+
+    def needs(self, branch: str, context: Context) -> bool:
+        """Whether it may change rows of the branch now."""
+        known = None if torch.compiler.is_compiling() else context.known_step
+        return self.edit.weights.get(branch, 0.0) != 0.0 and (known is None or self.acts[known])
+
+    def change(
+        self, x: torch.Tensor, sae: SparseAutoencoder, branch: str, context: Context, grid: tuple[int, int] | None
+    ) -> torch.Tensor:
+        """`M · s(t) · (dec(z') - dec(z))` for rows `x (images, P, d)` of one branch, in fp32; broadcasts to `x`.
+
+        `grid` is height and width of the P places, where they have any.
+        """
+        strengths = self._strengths_now(context, grid)
+        if self.edit.operation.overwrites:
+            assert grid is not None
+            fires = self.edit.operation.apply(sae.encode_only(x.float(), self.features), strengths).any(-1)
+            delta = self.edit.weights[branch] * _overwritten(x.float(), fires, grid)
+        else:
+            if self.edit.operation.needs_code:
+                z = sae.encode_only(x.float(), self.features)
+                strengths = self.edit.operation.apply(z, strengths) - z
+            delta = self.edit.weights[branch] * (strengths @ self.directions)
+        if self.edit.preserve_norm:
+            delta = _norm_preserving(x.float(), delta)
+        if self.windowed:
+            delta = delta * self.inside.index_select(0, context.step.reshape(1))
+        if self.mask is not None:
+            delta = delta * self._mask_at(grid, context.images)
+        if self.edit.tokens:
+            delta = delta * self._chosen_tokens(x)
+        if self.decision is not None:
+            delta = delta * self.decision.weights(x, grid)
+        return delta
+
+    def _strengths_now(self, context: Context, grid: tuple[int, int] | None) -> torch.Tensor:
+        """`(1 or images, 1 or P, m)`."""
+        now = self.strengths.index_select(0, context.step.reshape(1))[0]  # (1 or images, 1 or H, 1 or W, m)
+        if len(now) not in (1, context.images):
+            raise InputError(
+                f"A strength has {len(now)} numbers and the batch {context.images} images; "
+                "pass one number, or one for each image."
+            )
+        if now.shape[1:3] == (1, 1):
+            return now.flatten(1, 2)
+        assert grid is not None
+        if tuple(now.shape[1:3]) != grid:
+            now = F.interpolate(now.movedim(-1, 1), grid, mode="bilinear", align_corners=False).movedim(1, -1)
+        return now.flatten(1, 2)
+
+    def _mask_at(self, grid: tuple[int, int] | None, images: int) -> torch.Tensor:
+        """The mask on the site's grid, `(1 or images, P, 1)`."""
+        assert self.mask is not None and grid is not None
+        n, _, height, width = self.mask.shape
+        if n not in (1, images):
+            raise InputError(f"The mask has {n} images and the batch {images}; pass one mask, or one for each image.")
+        if abs(height * grid[1] - width * grid[0]) > max(height, width):
+            raise InputError(
+                f"The mask is {height} x {width}, which does not fit a site of {grid[0]} x {grid[1]}; "
+                "make it as high and wide as the image, or smaller in the same ratio."
+            )
+        return F.interpolate(self.mask, grid, mode="area").flatten(2).transpose(1, 2)
+
+    def _chosen_tokens(self, x: torch.Tensor) -> torch.Tensor:
+        """`(P, 1)`: 1 at the tokens."""
+        if max(self.edit.tokens) >= x.shape[1]:
+            raise InputError(
+                f"Token {max(self.edit.tokens)} is out of range; the site has the tokens 0 to {x.shape[1] - 1}."
+            )
+        places = torch.arange(x.shape[1], device=x.device)
+        return sum((places == t).float() for t in self.edit.tokens)[:, None]  # type: ignore[union-attr, index]
+
+
+def prepare(
+    edit: Edit,
+    sae: SparseAutoencoder,
+    statistics: LatentStatistics | None,
+    context: Context,
+    decision: Decision | None,
+    device: torch.device,
+) -> PreparedEdit:
+    """`edit` for a run at the context's timesteps."""
+    strengths = strength_table(edit.strengths, context)
+    if edit.unit != "raw":
+        assert statistics is not None
+        units = torch.stack([statistics.at(t).scale(edit.unit)[list(edit.features)] for t in context.timesteps])
+        strengths = strengths * units[:, None, None, None]
+    identity = edit.operation.identity
+    inside = [edit.in_window(context.progress(t)) for t in context.timesteps]
+    acts = tuple(
+        i and (identity is None or bool((now != identity).any())) for i, now in zip(inside, strengths, strict=True)
+    )
+    features = torch.tensor(edit.features)
+    return PreparedEdit(
+        edit,
+        strengths.contiguous().to(device),
+        torch.tensor(inside, dtype=torch.float32, device=device),
+        acts,
+        features.to(device),
+        sae.decoder_rows(edit.features).to(device),
+        None if edit.mask is None else edit.mask.to(device),
+        decision,
+    )
+
+
+def _norm_preserving(x: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """The change after which every row of `x + delta` is scaled back to the norm of `x`'s."""
+    moved = x + delta
+    return moved * (x.norm(dim=-1, keepdim=True) / moved.norm(dim=-1, keepdim=True).clamp(min=1e-12)) - x
+
+
+def _overwritten(x: torch.Tensor, fires: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """The change that gives every place that fires the row of the nearest place that does not (PER, 2606.31699).
+
+    `x (images, P, d)`, `fires (images, P)`. An image in which all places fire is left as it is.
+    """
+    height, width = grid
+    y, across = torch.arange(height, device=x.device), torch.arange(width, device=x.device)
+    at = torch.cartesian_prod(y, across).float()  # (P, 2)
+    distance = torch.cdist(at, at) + torch.where(fires, torch.inf, 0.0)[:, None, :]  # (images, P, P)
+    nearest = distance.argmin(-1)
+    moved = x.gather(1, nearest[..., None].expand_as(x)) - x
+    changes = fires & ~fires.all(1, keepdim=True)
+    return torch.where(changes[..., None], moved, 0.0)

@@ -1,0 +1,162 @@
+"""Recipes: the same seed gives the same bits, and what does not fit is refused and changes nothing."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import SITE, Harness, random_sae
+
+from diffusers_sae import InputError, Rule, StrengthMap, StrengthTable
+
+OTHER = "unet.down_blocks.0.attentions.0"
+
+
+def with_saes(*names):
+    harness = Harness()
+    torch.manual_seed(1)
+    saes = {"hand": random_sae(), "other": random_sae(site={"path": OTHER})}
+    for name in names or saes:
+        harness.pipe.load_sae(saes[name], adapter_name=name)
+    return harness
+
+
+def steered():
+    harness = with_saes()
+    mask = np.zeros((16, 16))
+    mask[:, 3:11] = 0.3
+    pipe = harness.pipe
+    pipe.steer({3: 5.0, 7: -0.123456789}, "hand", stop=0.6, branch="contrast")
+    pipe.steer({4: StrengthTable((900.0, 100.0), (1.0, 0.1))}, "hand", mode="set", mask=mask)
+    pipe.steer({5: StrengthMap((500.0,), torch.randn(1, 4, 4))}, "other", preserve_norm=True)
+    pipe.steer({6: [0.1]}, "other", mode="scale", when=Rule({1: 1.0, 2: 0.3}, 0.05, "hand", at="place"))
+    return harness
+
+
+@pytest.fixture
+def written(tmp_path):
+    harness = steered()
+    path = tmp_path / "plan.json"
+    harness.pipe.save_recipe(path)
+    return harness.run(), path
+
+
+def test_a_recipe_gives_the_same_bits(written):
+    images, path = written
+    fresh = with_saes()
+    assert not torch.equal(fresh.run(), images)
+    fresh.pipe.load_recipe(path)
+    assert torch.equal(fresh.run(), images)
+    fresh.pipe.save_recipe(path.with_name("again.json"))
+    assert path.with_name("again.json").read_text() == path.read_text()
+
+
+def test_a_recipe_can_be_read(written):
+    recipe = json.loads(written[1].read_text())
+    assert recipe["schema_version"] == 1 and recipe["pipeline"] == "StableDiffusionPipeline"
+    assert recipe["saes"]["hand"]["site"]["path"] == SITE
+    assert recipe["edits"][0] == {
+        "adapter_name": "hand",
+        "mode": "add",
+        "features": {"3": 5.0, "7": -0.123456789},
+        "start": 0.0,
+        "stop": 0.6,
+        "branch": "contrast",
+        "unit": "raw",
+    }
+
+
+def test_functions_cannot_be_written(sd, sae, tmp_path):
+    sd.pipe.load_sae(sae)
+    sd.pipe.steer({3: lambda progress: progress})
+    with pytest.raises(InputError, match="is a function, which a recipe cannot hold; pass a StrengthTable."):
+        sd.pipe.save_recipe(tmp_path / "plan.json")
+    assert not (tmp_path / "plan.json").exists()
+
+
+def edit(**changes):
+    def change(recipe):
+        recipe["edits"][0].update(changes)
+
+    return change
+
+
+def drop(*path):
+    def change(recipe):
+        for key in path[:-1]:
+            recipe = recipe[key]
+        del recipe[path[-1]]
+
+    return change
+
+
+def put(value, *path):
+    def change(recipe):
+        for key in path[:-1]:
+            recipe = recipe[key]
+        recipe[path[-1]] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (drop("schema_version"), "This is not a recipe"),
+        (drop("edits"), "This is not a recipe"),
+        (put(7, "schema_version"), "schema version 7 and this library reads 1"),
+        (put([], "saes"), "saes must be an object"),
+        (put({}, "edits"), "edits a list"),
+        (put("0" * 64, "saes", "hand", "sha256"), "not the recipe's, since their weights differ"),
+        (put({"path": OTHER}, "saes", "hand", "site"), f"at {OTHER} and it is loaded at {SITE}"),
+        (drop("saes", "hand", "sha256"), "does not say the site and the sha256"),
+        (put({}, "saes", "third"), "needs an SAE named 'third'"),
+        (edit(adapter_name="third"), "for the SAE 'third', which its saes do not list"),
+        (put("add", "edits", 0), "which its saes do not list"),
+        (edit(mode="boost"), "Edit 0 of the recipe cannot be read: 'boost' is not a mode"),
+        (edit(branch="left"), "'left' is not a branch"),
+        (edit(unit="mean"), "needs the SAE's statistics"),
+        (edit(start=0.9), "it needs 0 <= start < stop <= 1"),
+        (edit(start=None), "Edit 0 of the recipe cannot be read"),
+        (edit(features={}), "at least one feature"),
+        (edit(features={"99": 1.0}), "Feature 99 is out of range"),
+        (edit(features={"x": 1.0}), "'x' is not a feature"),
+        (edit(features={"3": None}), "is not a number"),
+        (edit(features={"3": {"timesteps": [], "values": []}}), "as many values as timesteps"),
+        (edit(features={"3": {"timesteps": [1.0], "values": [1.0, 2.0]}}), "as many values as timesteps"),
+        (edit(features={"3": {"values": [1.0]}}), "Edit 0 of the recipe cannot be read: 'timesteps'"),
+        (edit(mask=[[[2.0]]]), "values outside 0 to 1"),
+        (edit(mask=[[1.0], [1.0, 0.0]]), "Edit 0 of the recipe cannot be read"),
+        (edit(tokens=[3]), "tokens are for sites of text"),
+        (edit(when={"adapter_name": "third", "features": {"1": 1.0}, "above": 0}), "'third', which is not loaded"),
+        (edit(when={"adapter_name": "hand", "features": {"77": 1.0}, "above": 0}), "Feature 77 is out of range"),
+        (edit(when={"adapter_name": "hand", "features": {"1": 1.0}, "above": 0, "at": "end"}), "'end' is not where"),
+        (edit(when={"adapter_name": "hand", "above": 0}), "Edit 0 of the recipe cannot be read: 'features'"),
+        (edit(volume=11), "volume is unknown to this version"),
+    ],
+)
+def test_recipes_that_do_not_fit_change_nothing(written, change, sentence):
+    recipe = json.loads(written[1].read_text())
+    change(recipe)
+    written[1].write_text(json.dumps(recipe))
+    harness = with_saes()
+    harness.pipe.steer({1: 2.0}, "hand")
+    before = harness.run()
+    with pytest.raises(InputError) as error:
+        harness.pipe.load_recipe(written[1])
+    text = str(error.value)
+    assert sentence in text and "\n" not in text
+    assert torch.equal(before, harness.run())
+
+
+@pytest.mark.parametrize("content", ["", "[1, 2", "\x00\x01"])
+def test_files_that_are_no_json(tmp_path, content):
+    path = tmp_path / "plan.json"
+    path.write_text(content)
+    with pytest.raises(InputError, match="cannot be read as JSON"):
+        with_saes().pipe.load_recipe(path)
+
+
+def test_a_recipe_of_saes_that_are_not_loaded(written):
+    with pytest.raises(InputError, match="needs an SAE named 'other'; load it first"):
+        with_saes("hand").pipe.load_recipe(written[1])

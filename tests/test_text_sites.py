@@ -1,0 +1,113 @@
+"""Sites of text: layers of the text encoders, and the text stream of blocks that have two."""
+
+import pytest
+import torch
+from conftest import Harness, random_sae
+
+from diffusers_sae import InputError, Site
+
+LAYERS = {
+    "Stable Diffusion": ("text_encoder.encoder.layers.0", 16),
+    "SDXL": ("text_encoder_2.text_model.encoder.layers.0", 16),
+    "Stable Diffusion 3": ("text_encoder_3.encoder.block.0", 32),
+    "PixArt-Sigma": ("text_encoder.encoder.block.1", 32),
+    "Flux": ("text_encoder_2.encoder.block.0", 32),
+}
+
+
+def loaded(kind, **steer):
+    harness = Harness(kind)
+    path, width = LAYERS[kind]
+    torch.manual_seed(1)
+    harness.pipe.load_sae(random_sae(width, site={"path": path}), adapter_name="text")
+    if steer:
+        harness.pipe.steer({3: 9.0}, **steer)
+    return harness, path
+
+
+def read(harness, path, **kwargs):
+    with harness.pipe.capture([path]) as activations:
+        images = harness.run(**kwargs)
+    return activations[path], images
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("branch", ["cond", "uncond", "contrast"])
+def test_only_chosen_tokens_of_the_branch_change(kind, branch):
+    if branch != "cond" and "uncond" not in Harness(kind).tiny.branches:
+        pytest.skip("runs without guidance")
+    negative = {"negative_prompt": "zz"} if kind == "SDXL" else {}  # without one, its encoders do not run for uncond
+    plain, path = loaded(kind)
+    before, bare = read(plain, path, **negative)
+    assert torch.equal(bare, plain.run(plain.bare, **negative))
+    harness, _ = loaded(kind, tokens=[1, 4], branch=branch)
+    after, images = read(harness, path, **negative)
+    assert not torch.equal(images, bare)
+    direction = harness.pipe._steering.loaded["text"].sae.W_dec[3]
+    signs = {"cond": (1, 0), "uncond": (0, 1), "contrast": (1, -1)}[branch]
+    for name, sign in zip(("cond", "uncond"), signs, strict=True):
+        a, b = before.rows(name), after.rows(name)
+        if len(a) == 0:
+            continue
+        moved = (b - a)[0]
+        expected = torch.zeros_like(moved)
+        expected[[1, 4]] = 9.0 * sign * direction
+        torch.testing.assert_close(moved, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["Stable Diffusion 3", "Flux", "Qwen-Image", "Chroma"])
+def test_the_text_stream_of_a_block(kind):
+    harness = Harness(kind)
+    site = Site(harness.tiny.site, stream="text")
+    torch.manual_seed(1)
+    sae = random_sae(harness.tiny.width, site=site.as_dict())
+    bare = harness.run(harness.bare)
+    with harness.pipe.capture([site]) as before:
+        assert torch.equal(harness.run(), bare)
+    harness.pipe.load_sae(sae)
+    harness.pipe.steer({3: 9.0}, tokens=[2])
+    with harness.pipe.capture([site]) as after:
+        assert not torch.equal(harness.run(), bare)
+    a, b = before[site.path], after[site.path]
+    t = a.timestep[0].item()
+    moved = (b.rows("cond", t) - a.rows("cond", t))[0]
+    torch.testing.assert_close(moved[2], 9.0 * sae.W_dec[3], atol=1e-4, rtol=1e-4)
+    assert not moved[[0, 1, 3, 4]].any()
+    assert torch.equal(a.rows("uncond", t), b.rows("uncond", t))
+
+
+def test_images_of_a_prompt_share_its_tokens():
+    harness, _ = loaded("Stable Diffusion", tokens=[1])
+    prompts = ["ab", "cd"]
+    assert harness.run(prompt=prompts, num_images_per_prompt=2).shape[0] == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"start": 0.5}, "runs once, before the denoising, so that start and stop mean nothing"),
+        ({"mask": torch.ones(4, 4)}, "A mask is for sites of images"),
+        ({"tokens": [-1]}, "entries that are no positions"),
+    ],
+)
+def test_bad_edits_of_text_get_a_sentence(arguments, sentence):
+    harness, _ = loaded("Stable Diffusion")
+    bare = harness.run(harness.bare)
+    with pytest.raises(InputError, match=sentence):
+        harness.pipe.steer({3: 1.0}, **arguments)
+    assert torch.equal(harness.run(), bare)
+
+
+def test_tokens_that_the_prompt_does_not_have():
+    harness, _ = loaded("Stable Diffusion", tokens=[99])
+    with pytest.raises(InputError, match="Token 99 is out of range; the site has the tokens 0 to 11"):
+        harness.run()
+
+
+def test_blocks_without_a_text_stream_say_so():
+    harness = Harness()
+    with (
+        pytest.raises(InputError, match="returns no text stream"),
+        harness.pipe.capture([Site("unet.mid_block.attentions.0", stream="text")]),
+    ):
+        harness.run()
