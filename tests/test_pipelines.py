@@ -3,11 +3,20 @@
 import copy
 import inspect
 import warnings
+from functools import partial
 
 import pytest
 import torch
 from conftest import SITE, Harness, random_sae
-from diffusers import AutoPipelineForImage2Image, DiffusionPipeline, StableDiffusionPipeline
+from diffusers import (
+    AutoPipelineForImage2Image,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    LEditsPPPipelineStableDiffusion,
+    StableDiffusionPipeline,
+)
+from tiny import picture
+from tiny import sd as tiny_sd
 
 from diffusers_sae import SAESteeringPipeline, Site
 
@@ -307,3 +316,29 @@ def test_copies_of_a_steered_pipeline_have_plans_of_their_own(sd, sae):
     assert torch.equal(sd.run(sd.bare), sd.run(twin))
     unet = copy.copy(sd.pipe.unet)
     assert unet is not sd.pipe.unet
+
+
+def test_ledits_edits_a_real_image_and_its_inversion_is_left_alone():
+    """One uncond branch and one cond branch for each edit prompt; `invert` runs outside of the call."""
+    torch.manual_seed(0)
+    scheduler = partial(DPMSolverMultistepScheduler, algorithm_type="sde-dpmsolver++", solver_order=2)
+    bare = tiny_sd(LEditsPPPipelineStableDiffusion, scheduler=scheduler)
+    bare.set_progress_bar_config(disable=True)
+    pipe = SAESteeringPipeline.from_pipe(bare)
+
+    def run(pipe):
+        torch.manual_seed(1)
+        seed = torch.Generator().manual_seed(0)
+        pipe.invert(image=picture(32), num_inversion_steps=5, skip=0.2, generator=seed, height=32, width=32)
+        scales = {"edit_guidance_scale": [3.0, 4.0], "edit_threshold": [0.5, 0.5], "use_intersect_mask": False}
+        return pipe(editing_prompt=["ab", "cd"], **scales, output_type="pt", generator=seed).images
+
+    before = run(bare)
+    with pipe.capture([SITE]) as activations:
+        assert torch.equal(run(pipe), before)
+    assert activations[SITE].branch[:4] == ["uncond", "cond", "cond", "uncond"]
+    pipe.load_sae(random_sae())
+    pipe.steer({3: 9.0})
+    assert not torch.equal(run(pipe), before)
+    pipe.reset_steering()
+    assert torch.equal(run(pipe), before)

@@ -118,8 +118,8 @@ def tiny_unet(cross_attention_dim: int = 16, in_channels: int = 4, **extra) -> U
     ).eval()
 
 
-def ddim() -> DDIMScheduler:
-    return DDIMScheduler(clip_sample=False, steps_offset=1)
+def ddim(**config) -> DDIMScheduler:
+    return DDIMScheduler(clip_sample=False, steps_offset=1, **config)
 
 
 def sd(cls: type = StableDiffusionPipeline, in_channels: int = 4, scheduler: Callable[[], Any] = ddim, **extra):
@@ -451,6 +451,7 @@ MAP = "unet.up_blocks.0.attentions.0"
 BLOCK = "transformer.transformer_blocks.0"
 PIPELINES: dict[str, Tiny] = {
     "Stable Diffusion": Tiny(sd, SQUARE),
+    "Stable Diffusion 2.1": Tiny(partial(sd, scheduler=partial(ddim, prediction_type="v_prediction")), SQUARE),
     "Stable Diffusion, LCM": Tiny(
         partial(sd, scheduler=LCMScheduler), {**SQUARE, "guidance_scale": 1.0}, branches=("cond",)
     ),
