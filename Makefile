@@ -33,5 +33,12 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
+# Trains everything that ships again, from the drawings on; hours on a CPU. Every step goes on where it was stopped.
+world: $(VENV)/.demo
+	$(PIP) --editable ".[world]"
+	for step in sprites train_autoencoder train_clip train_unet train_judge train_sae choose_steering ship; do \
+		$(BIN)/python examples/emoji_world/$$step.py || exit 1; \
+	done
+
 clean:
 	rm -rf $(VENV) outputs build *.egg-info

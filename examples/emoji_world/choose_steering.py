@@ -31,8 +31,8 @@ START = {
     "skin": Towards(strength=1.5),
 }
 BARS = {"seen": 0.85, "kept": 0.80}
-ENOUGH = 0.08
-ROUNDS = 3
+ENOUGH = 0.05
+ROUNDS = 2
 WINDOWS = (0.2, 0.3, 0.45, 0.6, 1.0)
 
 
