@@ -157,9 +157,10 @@ class Quality:
 
     def _removal_of(self, target: str, how: Removal, cells: Cells) -> UnlearningAccuracy:
         bare = self._bare_grid()
-        touched = [c for c in cells if not how.ruled or self._found(target)[c[0]]]
+        found = self._found(target) if how.ruled else [True] * len(bare)
+        touched = [cell for cell in cells if found[cell[0]]]
         # images that the rule leaves alone are bit-identical to the bare ones and are not made again
-        untouched = [bare[i] for i, _ in cells if i not in {j for j, _ in touched}]
+        untouched = [bare[i] for i, _ in cells if not found[i]]
 
         def measure() -> list[Sighting]:
             try:
