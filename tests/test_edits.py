@@ -125,7 +125,7 @@ def test_replace_overwrites_places_that_fire_by_the_nearest_that_do_not(sd, sae)
     x = bare[SITE].rows("cond", t)[0]
     z = sae.encode(x)
     feature = int(((z > 0).sum(0) - 20).abs().argmin())
-    bound = float(z[z[:, feature] > 0, feature].median())
+    bound = float(z[z[:, feature] > 0, feature].median().detach())
     fires = z[:, feature] > bound
     assert 0 < fires.sum() < 64
     places = [(p // 8, p % 8) for p in range(64)]

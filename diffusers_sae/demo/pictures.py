@@ -73,14 +73,14 @@ def draw_curves(curves: dict[str, Any], path: Path) -> None:
             axis.set(title=what.replace("_", " "), ylim=(-0.03, 1.03))
             axis.tick_params(axis="x", labelsize=8)
             axis.grid(alpha=0.3)
-    grid[0][0].legend(fontsize=8)
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(FIGURES))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=90)
     plt.close(figure)
 
 
 def _tick(value: Any) -> str:
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return "\n+ ".join(site.removeprefix("unet.").replace("attentions", "attn") for site in value)
     if isinstance(value, bool):
         return "yes" if value else "no"

@@ -97,21 +97,21 @@ def _removal(scores: Mapping[str, ConceptScores], detectors: ConceptDetectors) -
 
 
 def _sweep(scores: Mapping[str, ConceptScores]) -> Story:
-    """One feature at the second site, by the concept that it belongs to most clearly in the middle of the way."""
-    site = SITES[0]
+    """One feature at the second site, the one that belongs to ink drawings most clearly."""
+    site = SITES[1]
     at_site = scores[site]
-    feature = int(at_site.importance("black background").mean(0).argmax())
-    mean = at_site.activity[at_site.index("black background"), :, feature]  # (T,)
+    feature = int(at_site.importance("ink").mean(0).argmax())
+    mean = at_site.activity[at_site.index("ink"), :, feature]  # (T,)
     steps = tuple(at_site.timesteps.tolist())
 
     def edits(strength: float) -> Edits:
         table = StrengthTable(steps, tuple((strength * mean).tolist()))
         return [{"features": {feature: table}, "adapter_name": site}]
 
-    prompt = "a 3d render of a strawberry"
+    prompt = "a house on a white background"
     return Story(
-        f"One feature, number {feature} at {site}, at rising strength (× its mean on black backgrounds)",
-        [Panel(f"× {s:g}" if s else f"“{prompt}”", prompt, 10, edits(s)) for s in (0, 0.25, 0.5, 0.75, 1, 1.5)],
+        f"One feature, number {feature} at {site}, at rising strength (× its mean on ink drawings)",
+        [Panel(f"× {s:g}" if s else f"“{prompt}”", prompt, 2, edits(s)) for s in (0, 0.5, 1, 2, 3, 6)],
     )
 
 
