@@ -17,7 +17,7 @@ from .rules import Rule
 from .saes import LatentStatistics, SparseAutoencoder
 from .saes.statistics import UNITS
 from .sites import Site
-from .strengths import Strength, checked_strength
+from .strengths import Strength, StrengthMap, StrengthTable, checked_strength
 
 
 class Operation(NamedTuple):
@@ -136,10 +136,14 @@ def check_fits(edit: Edit, site: Site) -> None:
         raise InputError(f"tokens are for sites of text, and {site} is none; pass mask= to choose places of an image.")
     if text and edit.mask is not None:
         raise InputError(f"A mask is for sites of images, and {site} holds text; pass tokens= to choose positions.")
-    if site.is_text_encoder and (edit.start, edit.stop) != (0.0, 1.0):
+    if not site.is_text_encoder:
+        return
+    if (edit.start, edit.stop) != (0.0, 1.0):
         raise InputError(
             f"{site} runs once, before the denoising, so that start and stop mean nothing; leave them out."
         )
+    if any(callable(s) or isinstance(s, (StrengthTable, StrengthMap)) for s in edit.strengths):
+        raise InputError(f"{site} runs once, before the denoising, so that a strength cannot follow it; pass numbers.")
 
 
 def checked_tokens(tokens: Any) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,12 +41,20 @@ class LoadedSAE:
         `x` is `(images, P, d)`; the result is in fp32 and broadcasts to it. `grid` gives height and width of the P
         places.
         """
+        due = [edit for edit in self.prepared if edit.needs(branch, self.context)]
+        codes = iter(self._codes(x, [edit.features for edit in due if edit.edit.operation.needs_code]))
         total: torch.Tensor | None = None
-        for edit in self.prepared:
-            if edit.needs(branch, self.context):
-                delta = edit.change(x, self.sae, branch, self.context, grid() if edit.needs_grid else None)
-                total = delta if total is None else total + delta
+        for edit in due:
+            z = next(codes) if edit.edit.operation.needs_code else None
+            delta = edit.change(x, z, branch, self.context, grid() if edit.needs_grid else None)
+            total = delta if total is None else total + delta
         return total
+
+    def _codes(self, x: torch.Tensor, features: list[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """The codes of several groups of features, `(images, P, m)` each, in one encoding."""
+        if not features:
+            return ()
+        return self.sae.encode_only(x, torch.cat(features)).split([len(each) for each in features], -1)
 
     def rows(self, x: torch.Tensor) -> torch.Tensor:
         """What the SAE takes of a part of a batch, `(images, P, d)`."""
@@ -89,7 +97,7 @@ class SAEProcessor(ModelHook):
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         if not self.armed():
             return output
-        for stream in self._streams("output") + self._streams("update"):
+        for stream in self._streams("output", "update"):
             x = tensor_of(output, module, stream)
             edited = self._edited(x, x, "output", stream)
             if stream in self._inputs:
@@ -98,9 +106,9 @@ class SAEProcessor(ModelHook):
                 output = with_tensor(output, edited, module, stream)
         return output
 
-    def _streams(self, kind: str) -> list[str]:
-        """Streams at which an SAE of this kind of site has edits, or rules that look at it."""
-        used = [one for one in self.loaded if one.site.kind == kind and (one.prepared or one.decisions)]
+    def _streams(self, *kinds: str) -> list[str]:
+        """Streams, each once, at which an SAE of these kinds of site has edits, or rules that look at it."""
+        used = [one for one in self.loaded if one.site.kind in kinds and (one.prepared or one.decisions)]
         return list(dict.fromkeys(one.site.stream for one in used))
 
     def _edited(self, x: torch.Tensor, seen: torch.Tensor, kind: str, stream: str) -> torch.Tensor:
@@ -111,9 +119,10 @@ class SAEProcessor(ModelHook):
             return grid_of(x, self.context.size)
 
         parts = list(self.context.parts())
-        for one in here:
-            for rows in [rows for branch, rows in parts if branch == "cond"][:1]:
-                self._decide(one, seen[rows], grid)
+        cond = next((rows for branch, rows in parts if branch == "cond"), None)
+        if cond is not None:
+            for one in here:
+                self._decide(one, seen[cond], grid)
         result = x
         for branch, rows in parts:
             changes = [self._change(one, seen[rows], branch, grid) for one in here if one.prepared]

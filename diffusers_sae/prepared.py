@@ -61,22 +61,20 @@ class PreparedEdit:
         return self.edit.weights.get(branch, 0.0) != 0.0 and (known is None or self.acts[known])
 
     def change(
-        self, x: torch.Tensor, sae: SparseAutoencoder, branch: str, context: Context, grid: tuple[int, int] | None
+        self, x: torch.Tensor, z: torch.Tensor | None, branch: str, context: Context, grid: tuple[int, int] | None
     ) -> torch.Tensor:
         """`M · s(t) · (dec(z') - dec(z))` for rows `x (images, P, d)` of one branch, in fp32; broadcasts to `x`.
 
-        `grid` is height and width of the P places, where they have any.
+        `z (images, P, m)` is their code, if the operation needs it; `grid` is height and width of the P places, where
+        they have any.
         """
         strengths = self._strengths_now(context, grid)
         if self.edit.operation.overwrites:
-            assert grid is not None
-            fires = self.edit.operation.apply(sae.encode_only(x.float(), self.features), strengths).any(-1)
-            delta = self.edit.weights[branch] * _overwritten(x.float(), fires, grid)
+            assert grid is not None and z is not None
+            change = _overwritten(x.float(), self.edit.operation.apply(z, strengths).any(-1), grid)
         else:
-            if self.edit.operation.needs_code:
-                z = sae.encode_only(x.float(), self.features)
-                strengths = self.edit.operation.apply(z, strengths) - z
-            delta = self.edit.weights[branch] * (strengths @ self.directions)
+            change = (strengths if z is None else self.edit.operation.apply(z, strengths) - z) @ self.directions
+        delta = self.edit.weights[branch] * change
         if self.edit.preserve_norm:
             delta = _norm_preserving(x.float(), delta)
         if self.windowed:

@@ -143,23 +143,10 @@ def _strength(feature: int, strength: Any) -> Any:
 
 
 def _read(written: Mapping[str, Any], loaded: Mapping[str, LoadedSAE]) -> Edit:
-    known = {
-        "adapter_name",
-        "mode",
-        "features",
-        "start",
-        "stop",
-        "branch",
-        "unit",
-        "when",
-        "tokens",
-        "preserve_norm",
-        "mask",
-    }
-    if unknown := set(written) - known:
+    if unknown := set(written) - {*AS_GIVEN, "adapter_name", "features", "when", "mask"}:
         raise InputError(f"{', '.join(sorted(unknown))} is unknown to this version.")
     one = loaded[written["adapter_name"]]
-    given = {key: written[key] for key in known - {"adapter_name", "features", "when", "mask"} if key in written}
+    given = {key: written[key] for key in AS_GIVEN if key in written}
     mask = torch.tensor(written["mask"]) if written.get("mask") is not None else None
     return make_edit(
         {_feature(f): _given_strength(s) for f, s in written["features"].items()},

@@ -36,48 +36,41 @@ class Rule:
     adapter_name: str | None = None
     at: str = "image"
 
-    def tensors(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Its features and weights, `(m,)` each."""
-        weights = torch.tensor(list(self.features.values()), device=device, dtype=torch.float32)
-        return torch.tensor(list(self.features), device=device), weights
-
     def holds(self, sae: SparseAutoencoder, x: torch.Tensor) -> torch.Tensor:
         """Where it holds, from rows `x (images, P, d)`: `(images,)` bool, or `(images, P)` for rules at places."""
-        return self._holds(sae, x, *self.tensors(x.device))
-
-    def _holds(
-        self, sae: SparseAutoencoder, x: torch.Tensor, features: torch.Tensor, weights: torch.Tensor
-    ) -> torch.Tensor:
-        z = sae.encode_only(x.float(), features)
-        return (z if self.at == "place" else z.mean(1)) @ weights > self.above
+        decision = Decision(self, x.device)
+        decision.see(sae, x, None)
+        assert decision.holds is not None
+        return decision.holds
 
 
 class Decision:
-    """Where a rule holds in one run, as far as that is decided."""
+    """Where a rule holds in one run, as far as that is decided.
+
+    `holds` is `(images,)` bool, or `(images, P)` for a rule at places.
+    """
 
     def __init__(self, rule: Rule, device: torch.device) -> None:
         self.rule = rule
-        self._features, self._weights = rule.tensors(device)
-        self._holds: torch.Tensor | None = None
+        self.holds: torch.Tensor | None = None
+        self._features = torch.tensor(list(rule.features), device=device)
+        self._weights = torch.tensor(list(rule.features.values()), device=device, dtype=torch.float32)
         self._grid: tuple[int, int] | None = None
 
     def see(self, sae: SparseAutoencoder, x: torch.Tensor, grid: tuple[int, int] | None) -> None:
         """Decide by rows `x (images, P, d)` of the cond branch, unless that was done."""
-        if self._holds is not None and self.rule.at == "image":
+        if self.holds is not None and self.rule.at == "image":
             return
-        self._holds = self.rule._holds(sae, x, self._features, self._weights)
+        z = sae.encode_only(x, self._features)
+        self.holds = (z if self.rule.at == "place" else z.mean(1)) @ self._weights > self.rule.above
         self._grid = grid
-
-    @property
-    def holds(self) -> torch.Tensor | None:
-        """`(images,)` or `(images, P)` bool."""
-        return self._holds
 
     def weights(self, x: torch.Tensor, grid: tuple[int, int] | None) -> torch.Tensor:
         """1 where it holds and 0 elsewhere, `(1 or images, 1 or P, 1)`, for rows `x (images, P, d)` on a grid."""
-        if self._holds is None:
+        if self.holds is None:
             return x.new_zeros(1, 1, 1, dtype=torch.float32)
-        holds = self._holds.to(x.device, torch.float32)
+        holds = self.holds.to(x.device, torch.float32)
+        holds = holds.repeat_interleave(len(x) // len(holds), 0)  # what was decided by prompt, for each of its images
         if self.rule.at == "image":
             return holds[:, None, None]
         if holds.shape[1] != x.shape[1]:

@@ -68,7 +68,7 @@ class SteeringState:
         self.first_image = 0
         self._roots: dict[str, Root] = {}
         self._processors: dict[nn.Module, SAEProcessor] = {}
-        self._decisions: dict[Rule, Decision] = {}
+        self._decisions: dict[Rule | None, Decision] = {}
         self._prepared = False
 
     def add(self, one: LoadedSAE, place: Place) -> None:
@@ -118,8 +118,8 @@ class SteeringState:
     @contextmanager
     def running(self, pipe: Any, call: Mapping[str, Any]) -> Iterator[None]:
         """One call of the pipeline: the hooks act, and a site that never fired is warned of."""
-        self._decisions = {}
         self._prepared = False
+        self._prepare_decisions(pipe._execution_device)
         for root in self._roots.values():
             if isinstance(root.context, DenoisingContext):
                 root.context.start(pipe, call)
@@ -134,7 +134,8 @@ class SteeringState:
         finally:
             self.armed = False
             denoiser = self._roots.get(denoiser_of(pipe)[0])
-            self.first_image += denoiser.context.images if denoiser else 0
+            roots = [denoiser] if denoiser else self._roots.values()
+            self.first_image += max((root.context.images for root in roots), default=0)
         self._warn_of_silence(pipe)
 
     def prepare(self) -> None:
@@ -152,21 +153,20 @@ class SteeringState:
         for one in self.loaded.values():
             if one.context is not root.context:
                 continue
-            edits = one.edits if one.enabled else []
             one.prepared = [
-                prepare(edit, one.sae, one.statistics, root.context, self._decision(edit.when, device), device)
-                for edit in edits
+                prepare(edit, one.sae, one.statistics, root.context, self._decisions.get(edit.when), device)
+                for edit in (one.edits if one.enabled else [])
             ]
-        for one in self.loaded.values():
-            one.decisions = [d for d in self._decisions.values() if d.rule.adapter_name == one.name]
             if one.decisions or any(e.edit.operation.needs_code for e in one.prepared):
                 one.sae.fetch()
                 one.sae.to(device)
 
-    def _decision(self, rule: Rule | None, device: torch.device) -> Decision | None:
-        if rule is None:
-            return None
-        return self._decisions.setdefault(rule, Decision(rule, device))
+    def _prepare_decisions(self, device: torch.device) -> None:
+        """All rules, undecided, before anything runs: the SAE that one looks at may run before the edit is prepared."""
+        rules = [edit.when for one in self.loaded.values() if one.enabled for edit in one.edits if edit.when]
+        self._decisions = {rule: Decision(rule, device) for rule in rules}
+        for one in self.loaded.values():
+            one.decisions = [d for d in self._decisions.values() if d.rule.adapter_name == one.name]
 
     def _warn_of_silence(self, pipe: Any) -> None:
         for processor in self._processors.values():

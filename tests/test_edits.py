@@ -246,3 +246,14 @@ def test_what_only_the_call_can_tell_stops_the_call_alone(sd, sae, arguments, se
     assert sentence in str(error.value)
     sd.pipe.reset_steering()
     assert torch.equal(before, sd.run())
+
+
+def test_edits_of_one_sae_share_one_encoding(sd, sae, monkeypatch):
+    sd.pipe.load_sae(sae)
+    for feature, mode in ((3, "set"), (5, "scale"), (7, "ablate"), (9, "add")):
+        sd.pipe.steer({feature: 0.5}, mode=mode)
+    calls = []
+    whole = type(sae).encode_only
+    monkeypatch.setattr(type(sae), "encode_only", lambda *args: calls.append(1) or whole(*args))
+    sd.run()
+    assert len(calls) == 4  # one a step, on the cond branch

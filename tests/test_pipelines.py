@@ -232,6 +232,26 @@ def test_an_update_site_encodes_output_minus_input(sd, sae):
     torch.testing.assert_close(steered[SITE].rows("cond", t), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_output_and_update_saes_at_one_module_each_act_once(sd):
+    def run(*kinds):
+        harness = Harness()
+        for seed, kind in enumerate(kinds):
+            torch.manual_seed(seed)
+            sae = random_sae(site=Site(SITE, kind=kind).as_dict())
+            harness.pipe.load_sae(sae, adapter_name=kind)
+            harness.pipe.steer({3: 2.0}, kind)
+        with harness.pipe.capture([SITE]) as activations:
+            harness.run()
+        return activations[SITE].rows("cond", activations[SITE].timestep[0].item())
+
+    bare, both = run(), run("output", "update")
+    torch.manual_seed(0)
+    first = random_sae().W_dec[3]
+    torch.manual_seed(1)
+    second = random_sae().W_dec[3]
+    torch.testing.assert_close(both - bare, (2 * (first + second)).expand_as(bare), atol=1e-5, rtol=1e-4)
+
+
 def test_an_input_site_moves_the_input(sd, sae):
     seen = []
     module = sd.pipe.unet.get_submodule(SITE.removeprefix("unet."))

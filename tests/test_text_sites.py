@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import Harness, random_sae
 
-from diffusers_sae import InputError, Site
+from diffusers_sae import InputError, Rule, Site, StrengthTable
 
 LAYERS = {
     "Stable Diffusion": ("text_encoder.encoder.layers.0", 16),
@@ -87,6 +87,8 @@ def test_images_of_a_prompt_share_its_tokens():
     [
         ({"start": 0.5}, "runs once, before the denoising, so that start and stop mean nothing"),
         ({"mask": torch.ones(4, 4)}, "A mask is for sites of images"),
+        ({"features": {3: lambda progress: 1.0}}, "so that a strength cannot follow it"),
+        ({"features": {3: StrengthTable((500.0,), (1.0,))}}, "so that a strength cannot follow it"),
         ({"tokens": [-1]}, "entries that are no positions"),
     ],
 )
@@ -94,7 +96,7 @@ def test_bad_edits_of_text_get_a_sentence(arguments, sentence):
     harness, _ = loaded("Stable Diffusion")
     bare = harness.run(harness.bare)
     with pytest.raises(InputError, match=sentence):
-        harness.pipe.steer({3: 1.0}, **arguments)
+        harness.pipe.steer(**{"features": {3: 1.0}, **arguments})
     assert torch.equal(harness.run(), bare)
 
 
@@ -111,3 +113,26 @@ def test_blocks_without_a_text_stream_say_so():
         harness.pipe.capture([Site("unet.mid_block.attentions.0", stream="text")]),
     ):
         harness.run()
+
+
+def test_a_rule_about_the_prompt_decides_for_each_of_its_images():
+    """The text encoder runs before the edits of the denoiser are prepared, once for all images of a prompt."""
+    harness, path = loaded("Stable Diffusion")
+    pipe, call = harness.pipe, {"prompt": ["ab", "xyz"], "num_images_per_prompt": 2}
+    seen, bare = read(harness, path, **call)
+    code = pipe._steering.loaded["text"].sae.encode(seen.rows("cond")).mean(1)  # (prompts, n)
+    feature = int((code[1] - code[0]).argmax())
+    bound = code[:, feature].mean().item()
+    pipe.load_sae(harness.sae(), adapter_name="hand")
+    pipe.steer({3: 9.0}, "hand", when=Rule({feature: 1.0}, bound, "text"))
+    images = harness.run(**call)
+    assert torch.equal(images[:2], bare[:2])
+    assert all(not torch.equal(a, b) for a, b in zip(images[2:], bare[2:], strict=True))
+
+
+def test_images_count_on_where_only_text_is_captured():
+    harness, path = loaded("Stable Diffusion")
+    with harness.pipe.capture([path]) as activations:
+        harness.run(prompt=["ab", "cd"])
+        harness.run(prompt="ef")
+    assert activations[path].image.unique().tolist() == [0, 1, 2]

@@ -29,7 +29,7 @@ class WithErrorTerm(LoadedSAE):
     def change(self, x: torch.Tensor, branch: str, grid: Callable[[], tuple[int, int]]) -> torch.Tensor | None:
         delta = super().change(x, branch, grid)
         addressed = [edit for edit in self.prepared if branch in edit.edit.weights]
-        if not addressed:
+        if not addressed or self.weight == 1:
             return delta
         lost = (self.weight - 1) * (x - self.sae(x))
         decisions = [edit.decision for edit in addressed]

@@ -60,9 +60,7 @@ def open_lazily(folder: Path, file: Path, config: Mapping[str, Any]) -> SparseAu
         with safe_open(file, "pt") as tensors:
             shapes = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise InputError(
-            f"{file} cannot be read ({error}); it is truncated or no weights file: fetch it again."
-        ) from None
+        raise _unreadable(file, error) from None
     cls, arguments = _architecture(shapes, config, str(file))
 
     def read() -> Mapping[str, torch.Tensor]:
