@@ -225,19 +225,22 @@ def sd3(cls: type = StableDiffusion3Pipeline, **extra):
     )
 
 
+DOUBLE_STREAM = {
+    "patch_size": 1,
+    "in_channels": 16,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 32,
+    "axes_dims_rope": (4, 4, 8),
+}
+"""What Flux and the models made of it share."""
+
+
 def flux(cls: type = FluxPipeline):
     tokenizer = tiny_tokenizer()
-    transformer = FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=16,
-        num_layers=2,
-        num_single_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        pooled_projection_dim=16,
-        axes_dims_rope=(4, 4, 8),
-    )
+    transformer = FluxTransformer2DModel(**DOUBLE_STREAM, pooled_projection_dim=16)
     return cls(
         transformer=transformer.eval(),
         scheduler=FlowMatchEulerDiscreteScheduler(),
@@ -252,17 +255,7 @@ def flux(cls: type = FluxPipeline):
 def chroma():
     tokenizer = tiny_tokenizer()
     transformer = ChromaTransformer2DModel(
-        patch_size=1,
-        in_channels=16,
-        num_layers=2,
-        num_single_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        axes_dims_rope=(4, 4, 8),
-        approximator_hidden_dim=32,
-        approximator_layers=1,
-        approximator_num_channels=16,
+        **DOUBLE_STREAM, approximator_hidden_dim=32, approximator_layers=1, approximator_num_channels=16
     )
     return ChromaPipeline(
         transformer=transformer.eval(),

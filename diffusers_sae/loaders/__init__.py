@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..errors import InputError
 from ..saes import ARCHITECTURES, LatentStatistics, SparseAutoencoder
 from ..saes.checksums import verify_checksums
+from .stored import stored_tensors
 
 Source = str | os.PathLike | Mapping[str, torch.Tensor] | SparseAutoencoder
 KEYS = ("W_enc", "b_enc", "W_dec", "b_dec")
@@ -38,7 +39,8 @@ def load_source(
 ) -> tuple[SparseAutoencoder, LatentStatistics | None]:
     """Read an SAE and, if they lie beside it, its statistics; raises `InputError` if it cannot be trusted or read."""
     if isinstance(source, Mapping):
-        return build(source, config or {}, "The state dict"), None
+        own = {key: source[key].detach().clone() for key in KEYS if key in source}
+        return build(own, config or {}, "The state dict"), None
     path = Path(source)
     if path.is_file():
         folder, weight_name = path.parent, path.name
@@ -57,25 +59,23 @@ def load_source(
 def open_lazily(folder: Path, file: Path, config: Mapping[str, Any]) -> SparseAutoencoder:
     """An SAE whose weights stay in the file; what needs them all reads, and checks, them then."""
     try:
-        with safe_open(file, "pt") as tensors:
-            shapes = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+        tensors = stored_tensors(file)
+    except (OSError, ValueError, TypeError, LookupError) as error:
         raise _unreadable(file, error) from None
-    cls, arguments = _architecture(shapes, config, str(file))
+    sae = _described({key: tensor.shape for key, tensor in tensors.items()}, config, str(file))
 
     def read() -> Mapping[str, torch.Tensor]:
         verify_checksums(folder)
         return build(read_tensors(file), config, str(file)).state_dict()
 
     def read_rows(features: Sequence[int]) -> torch.Tensor:
-        with safe_open(file, "pt") as tensors:
-            rows = tensors.get_slice("W_dec")
-            found = torch.cat([rows[j : j + 1] for j in features]).float()
+        found = tensors["W_dec"].rows(features).float()
         if not torch.isfinite(found).all():
             raise InputError(f"{file} has weights that are not finite; fetch or train the SAE again.")
         return found
 
-    return cls.on_disk(arguments, read, read_rows)
+    sae.read_later(read, read_rows)
+    return sae
 
 
 def download(repository: str, subfolder: str | None, hub_kwargs: Mapping[str, Any]) -> Path:
@@ -122,18 +122,15 @@ def _unreadable(file: Path, error: Exception) -> InputError:
 
 def build(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], origin: str) -> SparseAutoencoder:
     """An SAE from its tensors and its config; raises `InputError` unless they agree."""
-    cls, arguments = _architecture({key: tuple(tensor.shape) for key, tensor in tensors.items()}, config, origin)
+    sae = _described({key: tuple(tensor.shape) for key, tensor in tensors.items()}, config, origin)
     if not all(torch.isfinite(tensors[k]).all() for k in KEYS):
         raise InputError(f"{origin} has weights that are not finite; fetch or train the SAE again.")
-    sae = cls(**arguments)
-    sae.load_state_dict({k: tensors[k].float() for k in KEYS})
+    sae.load_state_dict({k: tensors[k].float() for k in KEYS}, assign=True)
     return sae
 
 
-def _architecture(
-    shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], origin: str
-) -> tuple[type[SparseAutoencoder], dict[str, Any]]:
-    """The class that fits a config and the shapes of its tensors, and the arguments that make it."""
+def _described(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], origin: str) -> SparseAutoencoder:
+    """The SAE that a config and the shapes of its tensors tell of, without weights (on the meta device)."""
     missing = [k for k in KEYS if k not in shapes]
     if missing:
         raise InputError(f"{origin} has no {', '.join(missing)}; an SAE has the tensors {', '.join(KEYS)}.")
@@ -144,16 +141,14 @@ def _architecture(
     name = config.get("_class_name", "TopKSAE")
     if name not in ARCHITECTURES:
         raise InputError(f"{origin} is a {name}, which is not known; known are {', '.join(ARCHITECTURES)}.")
-    cls = ARCHITECTURES[name]
     arguments = {k: v for k, v in config.items() if not k.startswith("_")} | {"d_in": d, "n_latents": n}
     try:
         with torch.device("meta"):
-            cls(**arguments)
+            return ARCHITECTURES[name](**arguments)
     except TypeError as error:
         raise InputError(
             f"{origin} cannot be made a {name} ({error}); pass what is missing as config={{...}}."
         ) from None
-    return cls, arguments
 
 
 def _weights_in(folder: Path) -> str:

@@ -68,24 +68,18 @@ class SparseAutoencoder(ModelMixin, ConfigMixin):
     _read: Callable[[], Mapping[str, torch.Tensor]] | None = None
     _read_rows: Callable[[Sequence[int]], torch.Tensor] | None = None
 
-    @classmethod
-    def on_disk(
-        cls,
-        config: Mapping[str, Any],
+    def read_later(
+        self,
         read: Callable[[], Mapping[str, torch.Tensor]],
         read_rows: Callable[[Sequence[int]], torch.Tensor],
-    ) -> SparseAutoencoder:
-        """An SAE whose weights are left where they are until they are needed.
+    ) -> None:
+        """Leave the weights of an SAE on the meta device where they are until they are needed.
 
         Args:
-            config: arguments of the class.
             read: gives the tensors of all parameters.
             read_rows: gives some rows of `W_dec`, which is all that an edit of mode `add` needs.
         """
-        with torch.device("meta"):
-            sae = cls(**config)
-        sae._read, sae._read_rows = read, read_rows
-        return sae
+        self._read, self._read_rows = read, read_rows
 
     def fetch(self) -> None:
         """Read the weights, if they are still on disk."""

@@ -65,7 +65,7 @@ def train_on_stream(
         make_sae: `{site: function of the width that gives a new SAE, or a trained one to go on with}`.
         trained: whether the SAEs are trained already.
         prompts: at least `config.images` prompts.
-        folder: checkpoints and logs; a run that stopped goes on from there.
+        folder: checkpoints and logs; a run that stopped goes on from there, with a buffer that fills anew.
         training: arguments of `TrainingConfig` other than the numbers of steps and rows.
         call: goes to the pipeline (`num_inference_steps`, `guidance_scale`, ...).
     """

@@ -48,6 +48,15 @@ def test_every_kind_of_source_gives_the_same_sae(sd, tmp_path):
         assert torch.equal(images[0], image)
 
 
+def test_a_state_dict_stays_the_callers(sd, sae):
+    state = {key: tensor.detach().clone() for key, tensor in sae.state_dict().items()}
+    sd.pipe.load_sae(state, config={"k": sae.k}, site=SITE)
+    before = steered(sd)
+    for tensor in state.values():
+        tensor.zero_()
+    assert torch.equal(sd.run(), before)
+
+
 def test_names(sd, sae):
     sd.pipe.load_sae(sae)
     sd.pipe.load_sae(random_sae())
