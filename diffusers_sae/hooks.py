@@ -83,6 +83,9 @@ class SAEProcessor(ModelHook):
         self.fired = False
         self._inputs: dict[str, torch.Tensor] = {}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModelHook:
+        return ModelHook()  # a copy belongs to no pipeline; registries above remember hooks and are copied with them
+
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
         if not self.armed():
             return args, kwargs

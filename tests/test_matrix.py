@@ -1,19 +1,25 @@
 """What must hold for every family of pipelines, on tiny real ones. The README's table is made from these names."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
+from conftest import random_sae
 from test_edits import reference
+
+from diffusers_sae import Site
+from diffusers_sae.sites import BLOCK_STREAMS, resolve
 
 NAMED = ("cond", "uncond")
 
 
-def first_step(harness, **kwargs):
-    """`{branch: rows (images, P, d)}` of the site at the first step, where no edit has come round by the latents."""
-    site = harness.tiny.site
+def first_step(harness, site=None, **kwargs):
+    """`{branch: rows (images, P, d)}` of a site at the first step, where no edit has come round by the latents."""
+    site = Site.of(site or harness.tiny.site)
     with harness.pipe.capture([site]) as activations:
         images = harness.run(**kwargs)
-    seen = activations[site]
+    seen = activations[site.path]
     t = seen.timestep[0].item()
     return {branch: seen.rows(branch, t) for branch in dict.fromkeys(seen.branch)}, images
 
@@ -52,6 +58,39 @@ def test_reset_and_unload_change_no_bit(every):
 def test_branches_are_what_the_pipeline_says(every):
     seen, _ = first_step(every)
     assert tuple(seen) == every.tiny.branches
+
+
+def attentions(harness):
+    """Attention sites in the block that is the family's site, with every stream that they give back."""
+    path = harness.tiny.site
+    for name, module in resolve(harness.pipe, Site(path)).module.named_modules():
+        kind = type(module).__name__
+        if kind.endswith("Attention"):
+            joint = name == "attn" and BLOCK_STREAMS[kind][1] is not None  # of image and text together
+            for stream in ("image", "text") if joint else ("image",):
+                yield Site(f"{path}.{name}".rstrip("."), stream=stream)
+
+
+def test_attention_sites(every):
+    """The module is hooked and its processor left alone: by the formula, on the cond rows of that stream only."""
+    sites = list(attentions(every))
+    assert sites
+    bare = every.run()
+    for site in sites:
+        before, _ = first_step(every, site)
+        sae = random_sae(before["cond"].shape[-1])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the SAE was trained elsewhere
+            every.pipe.load_sae(sae, site)
+        assert torch.equal(every.run(), bare)
+        every.pipe.steer({3: 2.0, 7: 4.0}, mode="set")
+        after, steered = first_step(every, site)
+        expected = reference(sae, before["cond"], [3, 7], [[2.0, 4.0]], "set")
+        np.testing.assert_allclose(after["cond"].numpy(), expected, atol=5e-5)
+        assert all(torch.equal(x, after[branch]) for branch, x in before.items() if branch != "cond")
+        assert not torch.equal(steered, bare), site
+        every.pipe.unload_sae()
+    assert torch.equal(every.run(), bare)
 
 
 @pytest.mark.parametrize("branch", ["cond", "uncond", "both", "contrast"])

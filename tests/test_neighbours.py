@@ -1,6 +1,7 @@
 """What people use beside SAEs, loaded before them and after them: the images are the same, bit for bit."""
 
 import copy
+import gc
 import threading
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,6 +16,8 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from tiny import make
+
+from diffusers_sae import TopKSAE
 
 STRENGTHS = {3: 9.0, 7: -4.0}
 
@@ -192,12 +195,16 @@ def test_deep_copies_are_bare_and_their_own(kind):
     steered(harness)
     expected, bare = harness.run(), harness.run(harness.bare)
     name = harness.tiny.site.partition(".")[0]
+    gc.collect()
+    saes = sum(type(thing) is TopKSAE for thing in gc.get_objects())
     twin = copy.deepcopy(getattr(harness.pipe, name))
+    assert sum(type(thing) is TopKSAE for thing in gc.get_objects()) == saes  # it took no SAE along
     other = type(harness.bare)(**{**harness.bare.components, name: twin})
     other.set_progress_bar_config(disable=True)
     assert torch.equal(harness.run(other), bare)
+    steered_block = twin.get_submodule(harness.tiny.site.partition(".")[2])
     with torch.no_grad():
-        for parameter in twin.parameters():
+        for parameter in steered_block.parameters():
             parameter.zero_()
     assert torch.equal(harness.run(), expected)
     assert not torch.equal(harness.run(other), bare)

@@ -56,3 +56,18 @@ def test_a_file_that_is_none_is_refused_before_anything_is_steered(sd, tmp_path,
     with pytest.raises(InputError, match="cannot be read .* fetch it again"):
         sd.pipe.load_sae(tmp_path)
     assert not sd.pipe.get_list_saes() and torch.equal(sd.run(), bare)
+
+
+def test_rows_that_are_not_finite_stop_the_call(sd, tmp_path, monkeypatch):
+    sae = random_sae()
+    with torch.no_grad():
+        sae.W_dec[3, 0] = float("nan")
+    sae.save_pretrained(tmp_path)
+    monkeypatch.setattr("diffusers_sae.loaders.LARGE", 0)
+    bare = sd.run()
+    sd.pipe.load_sae(tmp_path)
+    sd.pipe.steer({3: 1.0})
+    with pytest.raises(InputError, match="weights that are not finite"):
+        sd.run()
+    sd.pipe.reset_steering()
+    assert torch.equal(sd.run(), bare)
