@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from conftest import Harness
+from test_matrix import attentions
 from test_neighbours import NEIGHBOURS
-from tiny import PIPELINES, make
+from tiny import PIPELINES
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- matrix: made by tests/test_readme.py -->", "<!-- end of matrix -->"
@@ -13,10 +15,17 @@ BEGIN, END = "<!-- matrix: made by tests/test_readme.py -->", "<!-- end of matri
 
 def tables() -> str:
     """The families with the site that is tested, and the neighbours."""
-    lines = ["| family | class | steered at | rows of a step |", "|---|---|---|---|"]
+    lines = ["| family | class | steered at | attention in it | rows of a step |", "|---|---|---|---|---|"]
     for name, tiny in PIPELINES.items():
-        branches = ", ".join(tiny.branches)
-        lines.append(f"| {name} | `{type(make(name)).__name__}` | `{tiny.site}` | {branches} |")
+        harness = Harness(name)
+        streams: dict[str, list[str]] = {}
+        for site in attentions(harness):
+            streams.setdefault(site.path.removeprefix(tiny.site).rpartition(".")[2], []).append(site.stream)
+        inner = ", ".join(
+            f"`{at}`{' (image, text)' if len(of) > 1 else ''}" if at else "itself" for at, of in streams.items()
+        )
+        cells = name, f"`{type(harness.bare).__name__}`", f"`{tiny.site}`", inner, ", ".join(tiny.branches)
+        lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "| beside | with | loaded before or after |", "|---|---|---|"]
     for name, neighbour in NEIGHBOURS.items():
         taken_off = "both, and taken off" if neighbour.off else "both"
