@@ -9,7 +9,12 @@ from typing import NamedTuple
 import pytest
 import torch
 from conftest import Harness
-from diffusers import FirstBlockCacheConfig
+from diffusers import (
+    FirstBlockCacheConfig,
+    MagCacheConfig,
+    PyramidAttentionBroadcastConfig,
+    TaylorSeerCacheConfig,
+)
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.embeddings import ImageProjection
 from diffusers.utils import convert_state_dict_to_diffusers
@@ -117,13 +122,25 @@ NEIGHBOURS = {
     "group offload": Neighbour(group_offload, None, (*SD, "Flux", "Stable Diffusion 3")),
     "layerwise casting": Neighbour(layerwise_casting, None, (*SD, "Flux", "PixArt-Sigma")),
     "int8 weights (torchao)": Neighbour(int8_weights, None, (*SD, "Flux", "Stable Diffusion 3", "PixArt-Sigma")),
-    "First-Block-Cache": Neighbour(
-        lambda pipe: pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.2)),
-        lambda pipe: pipe.transformer.disable_cache(),
-        ("Flux", "Qwen-Image"),
+}
+CACHES = {
+    "First-Block-Cache": FirstBlockCacheConfig(threshold=10.0),
+    "MagCache": MagCacheConfig(1.0, 1, retention_ratio=0.25, num_inference_steps=4, mag_ratios=[1.0] * 4),
+    "TaylorSeer": TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=1),
+    "Pyramid Attention Broadcast": PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500
     ),
 }
-SAME = ("LoRA, fused", "attention slicing", "First-Block-Cache", "group offload")
+"""All of them bold enough to skip work in four steps."""
+NEIGHBOURS |= {
+    name: Neighbour(
+        lambda pipe, config=config: pipe.transformer.enable_cache(config),
+        lambda pipe: pipe.transformer.disable_cache(),
+        ("Flux", "Qwen-Image"),
+    )
+    for name, config in CACHES.items()
+}
+SAME = ("LoRA, fused", "attention slicing", "group offload")
 """Neighbours that need not change the images."""
 PAIRS = [(name, kind) for name, neighbour in NEIGHBOURS.items() for kind in neighbour.kinds]
 
