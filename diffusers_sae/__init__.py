@@ -3,13 +3,18 @@
 from .errors import InputError
 from .pipelines import SAESteeringMixin, SAESteeringPipeline
 from .rules import Rule
-from .saes import LatentStatistics, TopKSAE
+from .saes import BatchTopKSAE, GatedSAE, JumpReLUSAE, LatentStatistics, MatryoshkaSAE, ReLUSAE, TopKSAE
 from .sites import Site
 from .strengths import StrengthMap, StrengthTable
 
 __all__ = [
+    "BatchTopKSAE",
+    "GatedSAE",
     "InputError",
+    "JumpReLUSAE",
     "LatentStatistics",
+    "MatryoshkaSAE",
+    "ReLUSAE",
     "Rule",
     "SAESteeringMixin",
     "SAESteeringPipeline",

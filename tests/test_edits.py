@@ -5,6 +5,7 @@ import pytest
 import torch
 from conftest import SITE, random_sae
 from PIL import Image
+from reference import edited
 
 from diffusers_sae import InputError, LatentStatistics, StrengthMap, StrengthTable
 from diffusers_sae.context import Context
@@ -24,30 +25,6 @@ def strengths_of(edit, sae, context, statistics=None, grid=None):
     return prepare(edit, sae, statistics, context, None, CPU)._strengths_now(context, grid)
 
 
-def reference(sae, x, features, strengths, mode, mask=1.0):
-    """`x + M (dec(z') - dec(z))` with dense codes, in numpy float64; x (B, P, d), strengths (B, m)."""
-    w_enc, b_enc, w_dec, b_dec = (
-        getattr(sae, n).detach().double().numpy() for n in ("W_enc", "b_enc", "W_dec", "b_dec")
-    )
-    x = x.double().numpy()
-    pre = np.maximum((x - b_dec) @ w_enc.T + b_enc, 0)
-    z = np.zeros_like(pre)
-    top = np.argsort(-pre, axis=-1)[..., : sae.k]
-    np.put_along_axis(z, top, np.take_along_axis(pre, top, -1), -1)
-    after = z.copy()
-    for column, j in enumerate(features):
-        s = np.asarray(strengths, dtype=float)[:, None, column]
-        old = z[..., j]
-        after[..., j] = {
-            "add": old + s,
-            "set": s + 0 * old,
-            "scale": s * old,
-            "cap": np.minimum(old, s),
-            "ablate": (1 - s) * old,
-        }[mode]
-    return x + mask * ((after @ w_dec + b_dec) - (z @ w_dec + b_dec))
-
-
 @pytest.mark.parametrize("mode", [name for name, op in OPERATIONS.items() if not op.overwrites])
 @pytest.mark.parametrize("masked", [False, True])
 def test_steered_site_equals_the_reference(sd, mode, masked):
@@ -63,7 +40,7 @@ def test_steered_site_equals_the_reference(sd, mode, masked):
     t = bare[SITE].timestep[0].item()
     before, after = bare[SITE].rows("cond", t), steered[SITE].rows("cond", t)  # (2, P, d)
     weights = mask.flatten(1)[..., None].double().numpy() if masked else 1.0
-    expected = reference(sae, before, features, strengths, mode, weights)
+    expected = edited(sae, before, features, strengths, mode, weights)
     np.testing.assert_allclose(after.numpy(), expected, atol=2e-5)
     assert np.abs(expected - before.numpy()).max() > 0.1
 

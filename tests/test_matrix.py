@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import random_sae
-from test_edits import reference
+from reference import edited
 
 from diffusers_sae import Site
 from diffusers_sae.sites import BLOCK_STREAMS, resolve
@@ -85,7 +85,7 @@ def test_attention_sites(every):
         assert torch.equal(every.run(), bare)
         every.pipe.steer({3: 2.0, 7: 4.0}, mode="set")
         after, steered = first_step(every, site)
-        expected = reference(sae, before["cond"], [3, 7], [[2.0, 4.0]], "set")
+        expected = edited(sae, before["cond"], [3, 7], [[2.0, 4.0]], "set")
         np.testing.assert_allclose(after["cond"].numpy(), expected, atol=5e-5)
         assert all(torch.equal(x, after[branch]) for branch, x in before.items() if branch != "cond")
         assert not torch.equal(steered, bare), site
@@ -111,7 +111,7 @@ def test_only_rows_of_the_branch_change_and_by_the_formula(every, branch):
         if not sign:
             assert torch.equal(x, after[name])
             continue
-        expected = reference(sae, x, features, strengths, "set", float(sign))
+        expected = edited(sae, x, features, strengths, "set", float(sign))
         np.testing.assert_allclose(after[name].numpy(), expected, atol=5e-5)
         assert not torch.equal(x, after[name])
     assert not torch.equal(bare[0], steered[0]) and not torch.equal(bare[1], steered[1])

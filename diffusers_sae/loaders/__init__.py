@@ -21,7 +21,6 @@ from ..saes.checksums import verify_checksums
 from .stored import stored_tensors
 
 Source = str | os.PathLike | Mapping[str, torch.Tensor] | SparseAutoencoder
-KEYS = ("W_enc", "b_enc", "W_dec", "b_dec")
 COMPANIONS = ("statistics.safetensors", "concepts.safetensors", "detectors.safetensors")
 """What lies beside an SAE's weights and is none of them."""
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -39,8 +38,7 @@ def load_source(
 ) -> tuple[SparseAutoencoder, LatentStatistics | None]:
     """Read an SAE and, if they lie beside it, its statistics; raises `InputError` if it cannot be trusted or read."""
     if isinstance(source, Mapping):
-        own = {key: source[key].detach().clone() for key in KEYS if key in source}
-        return build(own, config or {}, "The state dict"), None
+        return build({key: tensor.clone() for key, tensor in source.items()}, config or {}, "The state dict"), None
     path = Path(source)
     if path.is_file():
         folder, weight_name = path.parent, path.name
@@ -123,32 +121,37 @@ def _unreadable(file: Path, error: Exception) -> InputError:
 def build(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], origin: str) -> SparseAutoencoder:
     """An SAE from its tensors and its config; raises `InputError` unless they agree."""
     sae = _described({key: tuple(tensor.shape) for key, tensor in tensors.items()}, config, origin)
-    if not all(torch.isfinite(tensors[k]).all() for k in KEYS):
+    own = {key: tensors[key].detach().float() for key in sae.state_dict()}
+    if not all(torch.isfinite(tensor).all() for tensor in own.values()):
         raise InputError(f"{origin} has weights that are not finite; fetch or train the SAE again.")
-    sae.load_state_dict({k: tensors[k].float() for k in KEYS}, assign=True)
+    sae.load_state_dict(own, assign=True)
     return sae
 
 
 def _described(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], origin: str) -> SparseAutoencoder:
     """The SAE that a config and the shapes of its tensors tell of, without weights (on the meta device)."""
-    missing = [k for k in KEYS if k not in shapes]
-    if missing:
-        raise InputError(f"{origin} has no {', '.join(missing)}; an SAE has the tensors {', '.join(KEYS)}.")
-    n, d = shapes["W_dec"]
-    for key, shape in (("W_enc", (n, d)), ("b_enc", (n,)), ("b_dec", (d,))):
-        if shapes[key] != shape:
-            raise InputError(f"{origin} has a {key} of shape {shapes[key]}; with W_dec ({n}, {d}) it must be {shape}.")
     name = config.get("_class_name", "TopKSAE")
     if name not in ARCHITECTURES:
         raise InputError(f"{origin} is a {name}, which is not known; known are {', '.join(ARCHITECTURES)}.")
+    if len(shapes.get("W_dec", ())) != 2:
+        raise InputError(f"{origin} has no matrix W_dec (latents, width), whose rows are the features' directions.")
+    n, d = shapes["W_dec"]
     arguments = {k: v for k, v in config.items() if not k.startswith("_")} | {"d_in": d, "n_latents": n}
     try:
         with torch.device("meta"):
-            return ARCHITECTURES[name](**arguments)
+            sae = ARCHITECTURES[name](**arguments)
     except TypeError as error:
         raise InputError(
             f"{origin} cannot be made a {name} ({error}); pass what is missing as config={{...}}."
         ) from None
+    wanted = {key: tuple(tensor.shape) for key, tensor in sae.state_dict().items()}
+    missing = [key for key in wanted if key not in shapes]
+    if missing:
+        raise InputError(f"{origin} has no {', '.join(missing)}; a {name} has the tensors {', '.join(wanted)}.")
+    for key, shape in wanted.items():
+        if shapes[key] != shape:
+            raise InputError(f"{origin} has a {key} of shape {shapes[key]}; with W_dec ({n}, {d}) it must be {shape}.")
+    return sae
 
 
 def _weights_in(folder: Path) -> str:

@@ -57,6 +57,16 @@ class SparseAutoencoder(ModelMixin, ConfigMixin):
         self.b_enc = nn.Parameter(torch.zeros(n_latents))
         self.b_dec = nn.Parameter(torch.zeros(d_in))
 
+    @torch.no_grad()
+    def scale_input_(self, factor: float) -> None:
+        """Make this an SAE of `factor * x`, in place: it then gives `factor` times the codes and reconstructions.
+
+        So an SAE that was trained on scaled rows is brought back to raw ones. Directions stay, since every
+        architecture is positively homogeneous; a subclass scales its thresholds too.
+        """
+        self.b_enc.mul_(factor)
+        self.b_dec.mul_(factor)
+
     @property
     def d_in(self) -> int:
         return self.W_dec.shape[1]

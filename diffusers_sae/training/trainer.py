@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from ..saes import SparseAutoencoder
-from .losses import aux_k_loss, fraction_of_variance_unexplained
+from .losses import aux_k_loss
+from .objectives import objective
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,9 @@ class TrainingConfig:
         k_aux, aux_weight, dead_after: AuxK: latents that model the residual, weight of that loss, and the rows without
             firing after which a latent counts as dead.
         centre: `geometric_median` or `mean`: where the decoder bias starts.
+        sparsity: weight of the L1 penalty of ReLU and gated SAEs, or of the L0 penalty of JumpReLU ones.
+        sparsity_warmup: share of the run in which that weight rises from 0.
+        bandwidth: width of JumpReLU's pseudo-derivative, for the same scale of rows.
     """
 
     steps: int
@@ -35,6 +39,9 @@ class TrainingConfig:
     aux_weight: float = 1 / 32
     dead_after: int = 100_000
     centre: str = "geometric_median"
+    sparsity: float = 1.0
+    sparsity_warmup: float = 0.1
+    bandwidth: float = 0.1
 
 
 def geometric_median(x: torch.Tensor, iterations: int = 100, tolerance: float = 1e-6) -> torch.Tensor:
@@ -71,13 +78,15 @@ class SAETrainer:
 
     def _centre_and_scale(self, sample: torch.Tensor, trained: bool) -> float:
         sae, config = self.sae, self.config
-        with torch.no_grad():
-            if not trained:
-                median = config.centre == "geometric_median"
-                sae.b_dec.copy_(geometric_median(sample) if median else sample.mean(0))
-            scale = float((sae.d_in / (sample - sae.b_dec).square().sum(-1).mean()).sqrt())
-            sae.b_dec.mul_(scale)
-            sae.b_enc.mul_(scale)
+        centre = sae.b_dec.detach()
+        if not trained:
+            centre = geometric_median(sample) if config.centre == "geometric_median" else sample.mean(0)
+        scale = float((sae.d_in / (sample - centre).square().sum(-1).mean()).sqrt())
+        if trained:
+            sae.scale_input_(scale)
+        else:  # the rest of a new SAE is made for scaled rows
+            with torch.no_grad():
+                sae.b_dec.copy_(scale * centre)
         return scale
 
     def rate(self) -> float:
@@ -93,12 +102,11 @@ class SAETrainer:
         """
         sae, config = self.sae, self.config
         x = rows * self.scale
-        code = sae.encode_sparse(x)
-        x_hat = sae.decode_sparse(code)
-        fvu = fraction_of_variance_unexplained(x, x_hat, weights)
+        sparsity = config.sparsity * min(1.0, (self.step_count + 1) / max(1.0, config.sparsity_warmup * config.steps))
+        found = objective(sae, x, weights, sparsity, config.bandwidth)
         dead = self.rows_since_fired >= config.dead_after
-        aux = aux_k_loss(sae, x, x_hat, dead, config.k_aux)
-        loss = fvu + config.aux_weight * aux
+        aux = aux_k_loss(sae, x, found.x_hat, dead, config.k_aux)
+        loss = found.loss + config.aux_weight * aux
         if not torch.isfinite(loss):
             raise FloatingPointError(f"The loss is {loss.item()} at step {self.step_count}; lower the rate.")
         loss.backward()
@@ -111,15 +119,13 @@ class SAETrainer:
         with torch.no_grad():
             sae.W_dec.div_(sae.W_dec.norm(dim=-1, keepdim=True))
         self.rows_since_fired += len(x)
-        self.rows_since_fired[code.indices[code.values > 0].unique()] = 0
+        self.rows_since_fired[found.fired] = 0
         self.step_count += 1
-        return {"fvu": fvu.item(), "aux": aux.item(), "dead": dead.float().mean().item()}
+        return {"fvu": found.fvu.item(), "aux": aux.item(), "dead": dead.float().mean().item()}
 
     def finish(self) -> SparseAutoencoder:
         """The trained SAE for raw activations."""
-        with torch.no_grad():
-            self.sae.b_enc.div_(self.scale)
-            self.sae.b_dec.div_(self.scale)
+        self.sae.scale_input_(1 / self.scale)
         return self.sae.eval()
 
     def save(self, path: Path, **position: int) -> None:

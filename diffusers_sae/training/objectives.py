@@ -1,0 +1,161 @@
+"""What each kind of SAE minimises: one function a kind, chosen by the SAE's class.
+
+All are divided by the variance of the rows, so that the part that tells how well rows are reconstructed is the FVU.
+"""
+
+from __future__ import annotations
+
+from functools import singledispatch
+from typing import Any, NamedTuple
+
+import torch
+
+from ..saes import BatchTopKSAE, GatedSAE, JumpReLUSAE, MatryoshkaSAE, ReLUSAE, SparseAutoencoder, TopKSAE
+from .losses import fraction_of_variance_unexplained as fvu_of
+
+THRESHOLD_MEMORY = 0.99
+"""Share of a BatchTopK threshold that a step leaves as it was."""
+
+
+class Objective(NamedTuple):
+    """`loss` to minimise, reconstruction `x_hat (N, d)`, its FVU, and which latents fired on any row, `(n,)`."""
+
+    loss: torch.Tensor
+    x_hat: torch.Tensor
+    fvu: torch.Tensor
+    fired: torch.Tensor
+
+
+@singledispatch
+def objective(
+    sae: SparseAutoencoder, x: torch.Tensor, weights: torch.Tensor | None, sparsity: float, bandwidth: float
+) -> Objective:
+    """The objective of rows `x (N, d)`, of mean square norm d, each with its weight `(N,)` in the FVU.
+
+    `sparsity` is the weight of an L1 or L0 penalty; `bandwidth` the width of JumpReLU's pseudo-derivative.
+    """
+    raise TypeError(f"{type(sae).__name__} has no training objective; register one with objective.register.")
+
+
+def _fired(z: torch.Tensor) -> torch.Tensor:
+    return (z.detach() > 0).any(0)
+
+
+@objective.register
+def _topk(sae: TopKSAE, x: torch.Tensor, weights: torch.Tensor | None, *_: Any) -> Objective:
+    code = sae.encode_sparse(x)
+    x_hat = sae.decode_sparse(code)
+    fvu = fvu_of(x, x_hat, weights)
+    fired = torch.zeros(sae.n_latents, dtype=torch.bool, device=x.device)
+    fired[code.indices[code.values > 0].unique()] = True
+    return Objective(fvu, x_hat, fvu, fired)
+
+
+def _batch_topk_codes(sae: BatchTopKSAE, x: torch.Tensor) -> torch.Tensor:
+    """The k N largest of all codes of the batch (equation 5); the threshold follows the least of them (equation 7)."""
+    pre = sae.pre_activations(x).relu()
+    largest = pre.flatten().topk(sae.k * len(x), sorted=False)
+    z = torch.zeros_like(pre).flatten().scatter(0, largest.indices, largest.values).view_as(pre)
+    with torch.no_grad():
+        active = largest.values[largest.values > 0]
+        if len(active):
+            least = active.min()
+            new = sae.threshold == 0
+            sae.threshold.copy_(torch.where(new, least, torch.lerp(least, sae.threshold, THRESHOLD_MEMORY)))
+    return z
+
+
+@objective.register
+def _batch_topk(sae: BatchTopKSAE, x: torch.Tensor, weights: torch.Tensor | None, *_: Any) -> Objective:
+    z = _batch_topk_codes(sae, x)
+    x_hat = sae.decode(z)
+    fvu = fvu_of(x, x_hat, weights)
+    return Objective(fvu, x_hat, fvu, _fired(z))
+
+
+@objective.register
+def _matryoshka(sae: MatryoshkaSAE, x: torch.Tensor, weights: torch.Tensor | None, *_: Any) -> Objective:
+    """The mean FVU over prefixes of the latents (2503.17547, equation 4)."""
+    z = _batch_topk_codes(sae, x)
+    x_hat, loss, start = sae.b_dec + torch.zeros_like(x), x.new_zeros(()), 0
+    for stop in sae.prefixes:
+        x_hat = x_hat + z[:, start:stop] @ sae.W_dec[start:stop]
+        fvu = fvu_of(x, x_hat, weights)
+        loss, start = loss + fvu / len(sae.prefixes), stop
+    return Objective(loss, x_hat, fvu, _fired(z))
+
+
+@objective.register
+def _relu(sae: ReLUSAE, x: torch.Tensor, weights: torch.Tensor | None, sparsity: float, bandwidth: float) -> Objective:
+    """FVU and an L1 penalty on the codes (2309.08600, equation 4)."""
+    z = sae.encode(x)
+    x_hat = sae.decode(z)
+    fvu = fvu_of(x, x_hat, weights)
+    return Objective(fvu + sparsity * _per_variance(z, x), x_hat, fvu, _fired(z))
+
+
+def _per_variance(amounts: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Mean over rows of the sum of `amounts (N, n)`, divided by the variance of the rows."""
+    return amounts.sum(-1).mean() / (x - x.mean(0)).square().sum(-1).mean()
+
+
+@objective.register
+def _gated(
+    sae: GatedSAE, x: torch.Tensor, weights: torch.Tensor | None, sparsity: float, bandwidth: float
+) -> Objective:
+    """FVU, L1 on the gates, and what they alone reconstruct through a decoder held fixed (2404.16014, equation 8)."""
+    pre = sae.pre_activations(x)
+    z, gates = sae.activate(pre), pre.relu()
+    x_hat = sae.decode(z)
+    fvu = fvu_of(x, x_hat, weights)
+    by_gates = fvu_of(x, gates @ sae.W_dec.detach() + sae.b_dec.detach(), weights)
+    return Objective(fvu + sparsity * _per_variance(gates, x) + by_gates, x_hat, fvu, _fired(z))
+
+
+@objective.register
+def _jump_relu(
+    sae: JumpReLUSAE, x: torch.Tensor, weights: torch.Tensor | None, sparsity: float, bandwidth: float
+) -> Objective:
+    """FVU and an L0 penalty (2407.14435, equation 9), with straight-through gradients for the thresholds."""
+    pre, threshold = sae.pre_activations(x).relu(), sae.log_threshold.exp()
+    z = JumpReLU.apply(pre, threshold, bandwidth)
+    x_hat = sae.decode(z)
+    fvu = fvu_of(x, x_hat, weights)
+    active = Step.apply(pre, threshold, bandwidth)
+    return Objective(fvu + sparsity * _per_variance(active, x), x_hat, fvu, _fired(z))
+
+
+def _near(pre: torch.Tensor, threshold: torch.Tensor, bandwidth: float) -> torch.Tensor:
+    """The kernel `K((π - θ) / ε) / ε` for K = 1 on [-1/2, 1/2] and 0 elsewhere."""
+    return ((pre - threshold).abs() <= bandwidth / 2).to(pre.dtype) / bandwidth
+
+
+class JumpReLU(torch.autograd.Function):
+    """`π H(π - θ)` with the pseudo-derivative of 2407.14435, equation 11, for θ."""
+
+    @staticmethod
+    def forward(ctx: Any, pre: torch.Tensor, threshold: torch.Tensor, bandwidth: float) -> torch.Tensor:
+        ctx.save_for_backward(pre, threshold)
+        ctx.bandwidth = bandwidth
+        return pre * (pre > threshold)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:  # type: ignore[override]
+        pre, threshold = ctx.saved_tensors
+        near = _near(pre, threshold, ctx.bandwidth)
+        return grad * (pre > threshold), -(threshold * near * grad).sum(0), None
+
+
+class Step(torch.autograd.Function):
+    """`H(π - θ)` with the pseudo-derivative of 2407.14435, equation 12, for θ, and none for π."""
+
+    @staticmethod
+    def forward(ctx: Any, pre: torch.Tensor, threshold: torch.Tensor, bandwidth: float) -> torch.Tensor:
+        ctx.save_for_backward(pre, threshold)
+        ctx.bandwidth = bandwidth
+        return (pre > threshold).to(pre.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, torch.Tensor, None]:  # type: ignore[override]
+        pre, threshold = ctx.saved_tensors
+        return None, -(_near(pre, threshold, ctx.bandwidth) * grad).sum(0), None

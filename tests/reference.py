@@ -1,0 +1,40 @@
+"""Codes and edits with dense codes in numpy float64, as the papers write them."""
+
+import numpy as np
+
+
+def codes(sae, x):
+    """Dense codes in float64, as the papers write them."""
+    p = {name: tensor.double().numpy() for name, tensor in sae.state_dict().items()}
+    pre = (x.double().numpy() - p["b_dec"]) @ p.get("W_enc", p["W_dec"]).T + p["b_enc"]
+    match type(sae).__name__:
+        case "ReLUSAE":
+            return np.maximum(pre, 0)
+        case "TopKSAE":
+            rank = np.argsort(np.argsort(-pre, axis=-1), axis=-1)
+            return np.where(rank < sae.k, np.maximum(pre, 0), 0)
+        case "BatchTopKSAE" | "MatryoshkaSAE":
+            return np.where(pre > p["threshold"], np.maximum(pre, 0), 0)
+        case "JumpReLUSAE":
+            return np.where(pre > np.exp(p["log_threshold"]), pre, 0)
+        case "GatedSAE":
+            w_mag = np.exp(p["r_mag"])[:, None] * p["W_enc"]
+            return (pre > 0) * np.maximum((x.double().numpy() - p["b_dec"]) @ w_mag.T + p["b_mag"], 0)
+    raise AssertionError(sae)
+
+
+def edited(sae, x, features, strengths, mode, mask=1.0):
+    """`x + M (dec(z') - dec(z))`; x `(B, P, d)`, strengths `(B, m)`."""
+    z, w_dec = codes(sae, x), sae.W_dec.detach().double().numpy()
+    after = z.copy()
+    for column, j in enumerate(features):
+        s = np.asarray(strengths, dtype=float)[:, None, column]
+        old = z[..., j]
+        after[..., j] = {
+            "add": old + s,
+            "set": s + 0 * old,
+            "scale": s * old,
+            "cap": np.minimum(old, s),
+            "ablate": (1 - s) * old,
+        }[mode]
+    return x.double().numpy() + mask * ((after - z) @ w_dec)

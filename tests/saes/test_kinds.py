@@ -1,0 +1,108 @@
+"""Every kind of SAE against its paper's formula in float64, and what all of them have in common."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import SITE, Harness
+from kinds import ARGUMENTS, KINDS, of_kind
+from reference import codes, edited
+
+from diffusers_sae import InputError
+from diffusers_sae.loaders import load_source
+from diffusers_sae.saes import GatedSAE, JumpReLUSAE, MatryoshkaSAE, ReLUSAE, TopKSAE
+
+
+@pytest.fixture(params=KINDS, ids=lambda kind: kind[0] + "".join(f", {k}" for k in kind[1] if k == "tied"))
+def kind(request):
+    return of_kind(*request.param)
+
+
+@pytest.mark.parametrize("shape", [(8,), (5, 8), (2, 3, 8), (2, 3, 4, 8)])
+def test_codes_and_reconstructions_equal_the_formula(kind, shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    z = codes(kind, x)
+    assert 0 < (z > 0).mean() < 1
+    x_hat = z @ kind.W_dec.detach().double().numpy() + kind.b_dec.detach().double().numpy()
+    with torch.no_grad():
+        np.testing.assert_allclose(kind.encode(x), z, atol=1e-5)
+        np.testing.assert_allclose(kind.decode(kind.encode(x)), x_hat, atol=1e-5)
+        np.testing.assert_allclose(kind.decode_sparse(kind.encode_sparse(x)), x_hat, atol=1e-5)
+        some = torch.tensor([31, 0, 7, 7])
+        np.testing.assert_allclose(kind.encode_only(x, some), z[..., some], atol=1e-5)
+
+
+def test_rows_do_not_mix(kind):
+    x = torch.randn(6, 8)
+    torch.testing.assert_close(kind.encode(x)[2], kind.encode(x[2]))
+    alone, together = kind.encode_sparse(x[2]), kind.encode_sparse(x)
+    torch.testing.assert_close(kind.decode_sparse(alone), kind.decode_sparse(together)[2])
+
+
+def test_half_precision_is_encoded_in_fp32(kind):
+    x = torch.randn(5, 8).half()
+    assert kind.encode(x).dtype == torch.float32
+    assert torch.equal(kind.encode(x), kind.encode(x.float()))
+
+
+@pytest.mark.parametrize("factor", [0.01, 3.0])
+def test_an_sae_of_scaled_rows(kind, factor):
+    x = torch.randn(20, 8)
+    z, x_hat = kind.encode(x), kind(x)
+    kind.scale_input_(factor)
+    torch.testing.assert_close(kind.encode(factor * x), factor * z)
+    torch.testing.assert_close(kind(factor * x), factor * x_hat)
+
+
+def test_saved_and_loaded_bit_by_bit(kind, tmp_path):
+    kind.save_pretrained(tmp_path)
+    x = torch.randn(5, 8)
+    for again in (type(kind).from_pretrained(tmp_path), load_source(tmp_path)[0]):
+        assert type(again) is type(kind) and again.provenance == kind.provenance
+        assert set(again.state_dict()) == set(kind.state_dict())
+        assert all(torch.equal(a, kind.state_dict()[name]) for name, a in again.state_dict().items())
+        assert torch.equal(again.encode(x), kind.encode(x))
+
+
+@pytest.mark.parametrize("mode", ["add", "set", "scale", "cap", "ablate"])
+def test_edits_follow_the_formula(kind, mode):
+    harness = Harness()
+    with harness.pipe.capture([SITE]) as activations:
+        bare = harness.run()
+    x = activations[SITE].rows("cond")[0]
+    harness.pipe.load_sae(kind)
+    assert torch.equal(harness.run(), bare)
+    features = [int(j) for j in codes(kind, x).mean((0, 1)).argsort()[-3:]]
+    harness.pipe.steer(dict.fromkeys(features, 0.4), mode=mode)
+    with harness.pipe.capture([SITE]) as activations:
+        harness.run()
+    expected = edited(kind, x, features, np.full((1, 3), 0.4), mode)
+    np.testing.assert_allclose(activations[SITE].rows("cond")[0], expected, atol=5e-5)
+
+
+def test_weights_that_do_not_fit(tmp_path):
+    state = of_kind("JumpReLUSAE", {}).state_dict()
+    config = {"_class_name": "JumpReLUSAE"}
+    with pytest.raises(InputError, match="has no log_threshold; a JumpReLUSAE has the tensors W_dec"):
+        load_source({k: v for k, v in state.items() if k != "log_threshold"}, config=config)
+    with pytest.raises(
+        InputError, match=r"has a log_threshold of shape \(3,\); with W_dec \(32, 8\) it must be \(32,\)"
+    ):
+        load_source({**state, "log_threshold": torch.zeros(3)}, config=config)
+    with pytest.raises(InputError, match="not finite"):
+        load_source({**state, "log_threshold": state["log_threshold"] / 0}, config=config)
+
+
+@pytest.mark.parametrize("prefixes", [[], [4, 4, 32], [8, 4, 32], [0, 32], [4, 16]])
+def test_prefixes_must_rise_to_all_latents(prefixes):
+    with pytest.raises(InputError, match=r"which must rise from at least 1 to n_latents \(32\)"):
+        MatryoshkaSAE(8, 32, 4, prefixes=prefixes)
+
+
+def test_new_saes_of_every_kind_start_tied_with_unit_rows():
+    for cls in (ReLUSAE, TopKSAE, JumpReLUSAE, GatedSAE):
+        sae = cls(8, 32, **ARGUMENTS.get(cls.__name__, {}))
+        torch.testing.assert_close(sae.W_dec.norm(dim=-1), torch.ones(32))
+        assert torch.equal(sae.W_enc, sae.W_dec)
+    assert MatryoshkaSAE(8, 32, 4).prefixes == (2, 4, 8, 16, 32)
+    tied = ReLUSAE(8, 32, tied=True)
+    assert tied.W_enc is tied.W_dec and "W_enc" not in tied.state_dict()
