@@ -1,5 +1,13 @@
-"""Activations out of running pipelines: streamed, shuffled, never dumped."""
+"""Activations out of running pipelines: streamed and shuffled without a dump, or stored."""
 
+from .store import ActivationStore, StoreConfig, store_activations
 from .stream import ShuffleBuffer, StreamBatch, stream_activations
 
-__all__ = ["ShuffleBuffer", "StreamBatch", "stream_activations"]
+__all__ = [
+    "ActivationStore",
+    "ShuffleBuffer",
+    "StoreConfig",
+    "StreamBatch",
+    "store_activations",
+    "stream_activations",
+]

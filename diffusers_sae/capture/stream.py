@@ -11,6 +11,7 @@ import torch
 
 from ..activations import SiteActivations
 from ..errors import InputError
+from ..sites import Site
 
 
 @dataclass
@@ -40,7 +41,7 @@ class StreamBatch:
 
 def stream_activations(
     pipe: Any,
-    sites: Sequence[str],
+    sites: Sequence[Site | str],
     prompts: Iterable[str],
     *,
     batch_size: int = 16,

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from ..checksums import sha256
 from ..evaluation.baselines import ERROR_TERMS, load_with_error_term
 from ..evaluation.ledger import Ledger
 from ..evaluation.shares import Share
 from ..evaluation.unlearning import UnlearningAccuracy, unlearning_accuracy
 from ..saes import TopKSAE
-from ..saes.checksums import sha256
 from . import measure_model, measure_removal, measure_sae, measure_steering
 from .measure_removal import REMOVAL, Removal, Sighting, cells_of, edits_away, outcomes, sightings
 from .shipped import MODELS, SITES, load_detectors, load_judge, load_pipeline, load_scores

@@ -15,9 +15,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from ..checksums import verify_checksums
 from ..errors import InputError
 from ..saes import ARCHITECTURES, LatentStatistics, SparseAutoencoder
-from ..saes.checksums import verify_checksums
 from .stored import stored_tensors
 
 Source = str | os.PathLike | Mapping[str, torch.Tensor] | SparseAutoencoder

@@ -11,8 +11,8 @@ import torch
 from diffusers import ConfigMixin, ModelMixin
 from torch import nn
 
+from ..checksums import write_checksums
 from ..errors import InputError
-from .checksums import write_checksums
 
 ARCHITECTURES: dict[str, type[SparseAutoencoder]] = {}
 """Every architecture by the name of its class, which is what a saved config calls it."""

@@ -1,6 +1,7 @@
-"""Training SAEs on streams of activations."""
+"""Training SAEs on streams and on stores of activations."""
 
+from .stored import train_on_store
 from .streaming import StreamingConfig, train_on_stream
 from .trainer import SAETrainer, TrainingConfig
 
-__all__ = ["SAETrainer", "StreamingConfig", "TrainingConfig", "train_on_stream"]
+__all__ = ["SAETrainer", "StreamingConfig", "TrainingConfig", "train_on_store", "train_on_stream"]

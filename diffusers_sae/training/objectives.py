@@ -18,12 +18,16 @@ THRESHOLD_MEMORY = 0.99
 
 
 class Objective(NamedTuple):
-    """`loss` to minimise, reconstruction `x_hat (N, d)`, its FVU, and which latents fired on any row, `(n,)`."""
+    """`loss` to minimise, reconstruction `x_hat (N, d)`, its FVU, and which latents fired on any row, `(n,)`.
+
+    `threshold` is what a BatchTopK threshold becomes after the step.
+    """
 
     loss: torch.Tensor
     x_hat: torch.Tensor
     fvu: torch.Tensor
     fired: torch.Tensor
+    threshold: torch.Tensor | None = None
 
 
 @singledispatch
@@ -51,38 +55,35 @@ def _topk(sae: TopKSAE, x: torch.Tensor, weights: torch.Tensor | None, *_: Any) 
     return Objective(fvu, x_hat, fvu, fired)
 
 
-def _batch_topk_codes(sae: BatchTopKSAE, x: torch.Tensor) -> torch.Tensor:
-    """The k N largest of all codes of the batch (equation 5); the threshold follows the least of them (equation 7)."""
+def _batch_topk_codes(sae: BatchTopKSAE, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k N largest codes of the batch (equation 5), and what the threshold becomes by the least of them (7)."""
     pre = sae.pre_activations(x).relu()
     largest = pre.flatten().topk(sae.k * len(x), sorted=False)
     z = torch.zeros_like(pre).flatten().scatter(0, largest.indices, largest.values).view_as(pre)
-    with torch.no_grad():
-        active = largest.values[largest.values > 0]
-        if len(active):
-            least = active.min()
-            new = sae.threshold == 0
-            sae.threshold.copy_(torch.where(new, least, torch.lerp(least, sae.threshold, THRESHOLD_MEMORY)))
-    return z
+    values = largest.values.detach()
+    least = torch.where(values > 0, values, torch.inf).min()
+    least = torch.where(least.isinf(), sae.threshold, least)  # nothing is active
+    return z, torch.where(sae.threshold == 0, least, torch.lerp(least, sae.threshold, THRESHOLD_MEMORY))
 
 
 @objective.register
 def _batch_topk(sae: BatchTopKSAE, x: torch.Tensor, weights: torch.Tensor | None, *_: Any) -> Objective:
-    z = _batch_topk_codes(sae, x)
+    z, threshold = _batch_topk_codes(sae, x)
     x_hat = sae.decode(z)
     fvu = fvu_of(x, x_hat, weights)
-    return Objective(fvu, x_hat, fvu, _fired(z))
+    return Objective(fvu, x_hat, fvu, _fired(z), threshold)
 
 
 @objective.register
 def _matryoshka(sae: MatryoshkaSAE, x: torch.Tensor, weights: torch.Tensor | None, *_: Any) -> Objective:
     """The mean FVU over prefixes of the latents (2503.17547, equation 4)."""
-    z = _batch_topk_codes(sae, x)
+    z, threshold = _batch_topk_codes(sae, x)
     x_hat, loss, start = sae.b_dec + torch.zeros_like(x), x.new_zeros(()), 0
     for stop in sae.prefixes:
         x_hat = x_hat + z[:, start:stop] @ sae.W_dec[start:stop]
         fvu = fvu_of(x, x_hat, weights)
         loss, start = loss + fvu / len(sae.prefixes), stop
-    return Objective(loss, x_hat, fvu, _fired(z))
+    return Objective(loss, x_hat, fvu, _fired(z), threshold)
 
 
 @objective.register

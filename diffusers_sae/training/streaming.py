@@ -11,10 +11,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..capture import ShuffleBuffer, stream_activations
+from ..capture import ShuffleBuffer, StreamBatch, stream_activations
 from ..errors import InputError
 from ..saes import SparseAutoencoder
 from .trainer import SAETrainer, TrainingConfig
+
+FURTHER = 2**40
+"""How far the seeds of further noises lie from those of the images."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class StreamingConfig:
             alike.
         emphasis: power of a timestep's FVU, over the mean one, that its weight is multiplied by; above 0, timesteps
             that are hard to reconstruct count more.
+        first_steps: how many further noises of each prompt go through the first step alone. What a site holds of pure
+            noise is the most varied, and such rows cost one step.
         checkpoint_every: images between checkpoints.
         seed: image i starts from the noise of seed `seed + i`.
     """
@@ -44,6 +49,7 @@ class StreamingConfig:
     branch: str = "cond"
     balance: bool = True
     emphasis: float = 0.0
+    first_steps: int = 0
     checkpoint_every: int = 256
     seed: int = 0
 
@@ -85,9 +91,10 @@ def train_on_stream(
     with tqdm(total=config.images, initial=first, desc="images", mininterval=5) as bar:
         for batch in stream:
             done = batch.first_image + len(batch.prompts)
+            further = _first_steps(pipe, batch, config, call) if config.first_steps else None
             for run in runs.values():
                 rows, _ = batch.rows(run.site, config.branch)  # (T, images, P, d)
-                run.feed(rows)
+                run.feed(rows, further.rows(run.site, config.branch)[0] if further else rows[:0])
             bar.update(len(batch.prompts))
             bar.set_postfix({site: f"{run.figures.get('fvu', 0):.3f}" for site, run in runs.items()})
             if done // config.checkpoint_every > batch.first_image // config.checkpoint_every:
@@ -96,6 +103,16 @@ def train_on_stream(
             if done >= config.images:
                 break
     return {site: run.finished() for site, run in runs.items()}
+
+
+def _first_steps(pipe: Any, batch: StreamBatch, config: StreamingConfig, call: Mapping[str, Any]) -> StreamBatch:
+    """The first step of other noises for the prompts of a batch."""
+    prompts = batch.prompts * config.first_steps
+    seed = config.seed + FURTHER + batch.first_image * config.first_steps
+    sites = list(batch.sites)
+    return next(
+        stream_activations(pipe, sites, prompts, batch_size=len(prompts), seed=seed, first_step_only=True, **call)
+    )
 
 
 def timestep_weights(rows: torch.Tensor) -> torch.Tensor:
@@ -128,21 +145,26 @@ class _SiteRun:
         """Images that the checkpoint had seen; 0 if there is none."""
         return SAETrainer.position(self._checkpoint)["images"] if self._checkpoint.exists() else 0
 
-    def feed(self, rows: torch.Tensor) -> None:
-        """Take one batch of rows `(T, images, P, d)` in and make the steps that are due for it."""
-        config, count = self._config, rows[..., 0].numel()
+    def feed(self, rows: torch.Tensor, further: torch.Tensor) -> None:
+        """Take one batch of rows `(T, images, P, d)` in and make the steps that are due for it.
+
+        `further (1, noises, P, d)` are more of the first timestep, whose weight all of them share; `(0, ...)` if none.
+        """
+        config, count = self._config, rows[..., 0].numel() + further[..., 0].numel()
         if self.trainer is None:
             self._buffer = ShuffleBuffer(config.buffer, rows.shape[-1] + 1)
             total = config.images * count / rows.shape[1] * config.reuse / config.rows
             settings = TrainingConfig(steps=int(total), batch_size=config.rows, **self._training)
-            sample = rows.flatten(0, 2)[:: max(1, count // config.buffer)]
+            sample = rows.flatten(0, 2)[:: max(1, rows[..., 0].numel() // config.buffer)]
             self.trainer = SAETrainer(self._make(rows.shape[-1]), settings, sample, trained=self._trained)
             if self._checkpoint.exists():
                 self.trainer.restore(self._checkpoint)
         weights = timestep_weights(rows) if config.balance else torch.ones_like(rows[..., :1])
         if config.emphasis:
             weights = weights * self._emphasis(rows)[:, None, None, None]
-        self._buffer.add(torch.cat([rows, weights], -1))
+        shared = weights[:1] * rows.shape[1] / (rows.shape[1] + further.shape[1] * len(further))
+        self._buffer.add(torch.cat([rows, torch.cat([shared, weights[1:]])], -1))
+        self._buffer.add(torch.cat([further, shared[: len(further), :1, :, :].expand_as(further[..., :1])], -1))
         self._owed += count * config.reuse / config.rows
         while self._owed >= 1 and self.trainer.step_count < self.trainer.config.steps:
             sample = self._buffer.sample(config.rows)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from ..errors import InputError
 from ..saes import SparseAutoencoder
 from .losses import aux_k_loss
 from .objectives import objective
@@ -118,6 +120,8 @@ class SAETrainer:
         self.optimizer.zero_grad(set_to_none=False)
         with torch.no_grad():
             sae.W_dec.div_(sae.W_dec.norm(dim=-1, keepdim=True))
+            if found.threshold is not None:
+                sae.threshold.copy_(found.threshold)
         self.rows_since_fired += len(x)
         self.rows_since_fired[found.fired] = 0
         self.step_count += 1
@@ -128,7 +132,7 @@ class SAETrainer:
         self.sae.scale_input_(1 / self.scale)
         return self.sae.eval()
 
-    def save(self, path: Path, **position: int) -> None:
+    def save(self, path: Path, **position: Any) -> None:
         """Write a checkpoint; `position` says where in the stream it was made."""
         state = {
             "sae": self.sae.state_dict(),
@@ -152,15 +156,15 @@ class SAETrainer:
         return trainer
 
     @staticmethod
-    def position(path: Path) -> dict[str, int]:
+    def position(path: Path) -> dict[str, Any]:
         """Where in the stream a checkpoint was made."""
         return torch.load(path, weights_only=True, mmap=True)["position"]
 
-    def restore(self, path: Path) -> dict[str, int]:
-        """Go on from a checkpoint; returns its position. Raises `ValueError` if it is of another configuration."""
+    def restore(self, path: Path) -> dict[str, Any]:
+        """Go on from a checkpoint; returns its position. Raises `InputError` if it is of another configuration."""
         state = torch.load(path, weights_only=True)
         if state["config"] != asdict(self.config):
-            raise ValueError(
+            raise InputError(
                 f"{path} was made with {state['config']}, not {asdict(self.config)}; delete it to begin anew."
             )
         self.sae.load_state_dict(state["sae"])

@@ -16,11 +16,11 @@ from typing import Any
 from tqdm import tqdm
 
 from diffusers_sae import TopKSAE
+from diffusers_sae.checksums import sha256
 from diffusers_sae.demo.measure_steering import Towards, edits_towards, judged, silent_scenes, steering_figures
 from diffusers_sae.demo.shipped import SITES, load_judge, load_pipeline, load_scores
 from diffusers_sae.demo.world import CONCEPTS
 from diffusers_sae.evaluation.ledger import Ledger
-from diffusers_sae.saes.checksums import sha256
 
 SEED = 80_000_000
 START = {

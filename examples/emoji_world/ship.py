@@ -16,9 +16,9 @@ from sprites import PACKAGES
 from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
 from diffusers_sae import TopKSAE
+from diffusers_sae.checksums import write_checksums
 from diffusers_sae.demo.judge import Judge
 from diffusers_sae.demo.shipped import MODELS, SITES
-from diffusers_sae.saes.checksums import write_checksums
 
 COMMANDS = """\
 pip install -e '.[world]'

@@ -19,6 +19,7 @@ from loop import keep_freed_memory
 from tqdm import tqdm
 
 from diffusers_sae import TopKSAE
+from diffusers_sae.checksums import write_checksums
 from diffusers_sae.demo.measure_sae import reconstruction
 from diffusers_sae.demo.shipped import CALL, GUIDANCE, SITES, STEPS, load_pipeline
 from diffusers_sae.demo.world import CONCEPT_VALUES, CONCEPTS, leave_out, sample_captions, sample_scene, scene_with
@@ -26,7 +27,6 @@ from diffusers_sae.features.concepts import ConceptScores, concept_activity
 from diffusers_sae.features.detectors import ConceptDetectors, concept_detectors
 from diffusers_sae.features.effects import concept_effect
 from diffusers_sae.saes import SparseAutoencoder, StatisticsAccumulator
-from diffusers_sae.saes.checksums import write_checksums
 from diffusers_sae.training import StreamingConfig, train_on_stream
 
 CONCEPT_SEED, EFFECT_SEED, DETECTOR_SEED, REFINING_SEED = 20_000_000, 30_000_000, 70_000_000, 15_000_000
@@ -48,7 +48,15 @@ def new_sae(width: int, n_latents: int, site: str, args: argparse.Namespace) -> 
 
 def refined(pipe: Any, saes: Mapping[str, SparseAutoencoder], args: argparse.Namespace) -> dict[str, SparseAutoencoder]:
     """The SAEs after a second pass, on other images, in which hard timesteps count more."""
-    config = StreamingConfig(args.refining_images, args.batch, rows=1024, reuse=4.0, emphasis=4.0, seed=REFINING_SEED)
+    config = StreamingConfig(
+        args.refining_images,
+        args.batch,
+        rows=1024,
+        reuse=1.5,
+        emphasis=6.0,
+        first_steps=4,
+        seed=REFINING_SEED,
+    )
     captions = sample_captions(args.refining_images, seed=REFINING_SEED)
     makers = {site: lambda width, sae=sae: sae.train() for site, sae in saes.items()}
     training = {"lr": 4e-3, "warmup": 0.05, "decay": 0.95}
@@ -83,13 +91,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--world", type=Path, default=Path("outputs/emoji_world"))
     parser.add_argument("--images", type=int, default=4096)
-    parser.add_argument("--refining-images", type=int, default=1536)
+    parser.add_argument("--refining-images", type=int, default=4096)
     parser.add_argument("--held-out", type=int, default=128)
     parser.add_argument("--concept-images", type=int, default=768)
     parser.add_argument("--effect-images", type=int, default=4)
     parser.add_argument("--detector-prompts", type=int, default=3072)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--latents", type=int, nargs=len(SITES), default=(1536, 1024), help="one number a site")
+    parser.add_argument("--latents", type=int, nargs=len(SITES), default=(2560, 1024), help="one number a site")
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--reuse", type=float, default=2.0)
     args = parser.parse_args()

@@ -54,7 +54,8 @@ def test_losses_equal_the_formula(kind):
         found.x_hat.detach().numpy(), z @ sae.W_dec.detach().numpy() + sae.b_dec.detach().numpy(), atol=1e-4
     )
     if "threshold" in sae.state_dict():
-        assert float(sae.threshold) == pytest.approx(0.99 * before + 0.01 * least, rel=1e-5)
+        assert float(sae.threshold) == before
+        assert float(found.threshold) == pytest.approx(0.99 * before + 0.01 * least, rel=1e-5)
 
 
 def test_pseudo_derivatives_of_the_threshold():

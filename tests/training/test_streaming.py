@@ -12,7 +12,7 @@ from diffusers_sae import InputError, TopKSAE
 from diffusers_sae.capture import stream_activations
 from diffusers_sae.training import SAETrainer, StreamingConfig, TrainingConfig, train_on_stream
 from diffusers_sae.training.losses import fraction_of_variance_unexplained
-from diffusers_sae.training.streaming import timestep_weights
+from diffusers_sae.training.streaming import _first_steps, _SiteRun, timestep_weights
 
 CALL = {"num_inference_steps": 3, "guidance_scale": 5.0, "height": 16, "width": 16}
 SITES = (SITE, "unet.mid_block")
@@ -82,6 +82,33 @@ def test_emphasis_presses_down_the_hardest_timestep_of_trained_saes(tmp_path):
         assert sum(after.values()) < sum(before.values())
         ratios[emphasis] = after[hardest] / after[easiest]
     assert ratios[6.0] < 0.9 * ratios[0.0]
+
+
+def test_further_first_steps_are_other_noises_of_the_same_prompts(sd, tmp_path):
+    (batch,) = stream_activations(sd.pipe, [SITE], prompts(4), batch_size=4, **CALL)
+    further = _first_steps(sd.pipe, batch, replace(CONFIG, first_steps=3), CALL)
+    rows, more = batch.rows(SITE)[0], further.rows(SITE)[0]
+    assert further.prompts == prompts(4) * 3 and more.shape == (1, 12, *rows.shape[2:])
+    generators = [torch.Generator().manual_seed(2**40 + i) for i in range(12)]
+    with sd.pipe.capture([SITE]) as direct:
+        sd.run(prompt=further.prompts, generator=generators, num_inference_steps=3)
+    t = direct[SITE].timestep[0].item()
+    torch.testing.assert_close(more[0], direct[SITE].rows("cond", t), atol=1e-5, rtol=1e-4)
+
+
+def test_further_first_steps_share_the_weight_of_their_timestep(tmp_path):
+    rows, more = torch.randn(3, 4, 16, 8) * torch.tensor([3.0, 1.0, 0.5])[:, None, None, None], torch.randn(1, 8, 16, 8)
+    weights = {}
+    for further in (rows[:0], more):
+        site = _SiteRun(SITE, lambda d: TopKSAE(d, 32, 4), CONFIG, tmp_path, {}, False)
+        site.feed(rows, further)
+        x, weight = site._buffer.rows[:, :-1], site._buffer.rows[:, -1]
+        first = torch.cat([rows[0].flatten(0, 1), further.flatten(0, 2)])
+        mine = (x[:, None] == first).all(-1).any(1)
+        assert mine.sum() == len(first) and len(x) == rows[..., 0].numel() + further[..., 0].numel()
+        weights[len(further)] = weight[mine].sum().item(), weight[~mine].sum().item()
+        assert site.trainer.step_count == int(len(x) * CONFIG.reuse / CONFIG.rows)
+    assert weights[0] == pytest.approx(weights[1])
 
 
 def test_a_trained_sae_without_steps_is_what_it_was(tmp_path):

@@ -7,7 +7,7 @@ import json
 import math
 from pathlib import Path
 
-from ..errors import InputError
+from .errors import InputError
 
 FILE = "checksums.json"
 

@@ -1,0 +1,101 @@
+"""Training an SAE on a store of activations; a run that was stopped ends with the weights of an undisturbed one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from ..capture import ActivationStore
+from ..errors import InputError
+from ..saes import SparseAutoencoder
+from .trainer import SAETrainer, TrainingConfig
+
+SAMPLE = 2**16
+"""Rows that centre and scale are taken from."""
+
+
+def train_on_store(
+    store: ActivationStore,
+    make_sae: Callable[[int], SparseAutoencoder],
+    folder: str | Path,
+    config: TrainingConfig,
+    *,
+    seed: int = 0,
+    checkpoint_every: int = 500,
+    log_every: int = 20,
+) -> SparseAutoencoder:
+    """Train one SAE on the rows of `store`, again and again until `config.steps` are made.
+
+    A run with the same arguments goes on from the checkpoint in `folder` and, on the CPU with as many threads, ends
+    with the same bits as one that was never stopped. The log is `folder/log.jsonl`.
+
+    Args:
+        make_sae: function of the width that gives a new SAE.
+        seed: of the weights at the start and of the order of the rows.
+
+    Raises:
+        InputError: if the checkpoint is another run's, or the store has fewer rows than a step takes.
+        FloatingPointError: if the loss is not finite; the state before that step is kept in the checkpoint.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = folder / "checkpoint.pt"
+    if len(store) < config.batch_size:
+        raise InputError(
+            f"{store.folder} has {len(store)} rows, fewer than the {config.batch_size} of a step; store more."
+        )
+    source = {"seed": seed, "shards": [shard["sha256"] for shard in store.manifest["shards"]]}
+    trainer = _begun(store, make_sae, config, checkpoint, source, seed)
+    epochs = -(-config.steps * config.batch_size // len(store)) + 1  # one more, as rows that fill no batch are left out
+    batches = store.batches(config.batch_size, seed=seed, epochs=epochs, skip=trainer.step_count)
+    _cut_log(folder / "log.jsonl", trainer.step_count)
+    remaining = islice(batches, config.steps - trainer.step_count)
+    with tqdm(remaining, total=config.steps, initial=trainer.step_count, desc="steps", mininterval=1) as bar:
+        for rows in bar:
+            try:
+                figures = trainer.step(rows)
+            except FloatingPointError:
+                trainer.save(checkpoint, **source)
+                raise
+            step = trainer.step_count
+            if step % log_every == 0 or step == config.steps:
+                with (folder / "log.jsonl").open("a") as log:
+                    log.write(json.dumps({"step": step, **figures}) + "\n")
+                bar.set_postfix({name: f"{value:.3f}" for name, value in figures.items()})
+            if step % checkpoint_every == 0 or step == config.steps:
+                trainer.save(checkpoint, **source)
+    return trainer.finish()
+
+
+def _begun(
+    store: ActivationStore,
+    make_sae: Callable[[int], SparseAutoencoder],
+    config: TrainingConfig,
+    checkpoint: Path,
+    source: dict[str, object],
+    seed: int,
+) -> SAETrainer:
+    """The trainer of the checkpoint, or a new one."""
+    if checkpoint.exists():
+        if SAETrainer.position(checkpoint) != source:
+            raise InputError(f"{checkpoint} is of another store or seed; delete it to begin anew.")
+        trainer = SAETrainer(make_sae(store.width), config, None)
+        trainer.restore(checkpoint)
+        return trainer
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        sae = make_sae(store.width)
+    sample = next(store.batches(min(SAMPLE, len(store)), seed=seed))
+    return SAETrainer(sae.train(), config, sample)
+
+
+def _cut_log(file: Path, steps: int) -> None:
+    """Drop what a run that was stopped logged after its last checkpoint."""
+    if file.exists():
+        lines = [line for line in file.read_text().splitlines() if line.endswith("}")]
+        file.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= steps))

@@ -1,0 +1,254 @@
+"""Stores of activations: what they hold, going on after a stop at any moment, and what is refused."""
+
+import errno
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SITE, Harness
+from tiny import tiny_unet
+
+from diffusers_sae import InputError
+from diffusers_sae.capture import ActivationStore, StoreConfig, store, store_activations
+
+CALL = {"num_inference_steps": 3, "guidance_scale": 5.0, "height": 16, "width": 16}
+PROMPTS = ["ab", "cd", "ef", "gh", "ij"]
+SITES = (SITE, "unet.mid_block")
+CONFIG = StoreConfig(images=5, batch_size=2, branches=("cond", "uncond"), dtype="float32", seed=7)
+
+
+def stored(folder, config=CONFIG, pipe=None, prompts=PROMPTS, sites=SITES, **call):
+    return store_activations(pipe or Harness().pipe, sites, prompts, folder, config, **{**CALL, **call})
+
+
+def whole(one):
+    """All rows and labels of a store."""
+    shards = [one.shard(i) for i in range(len(one.shard_rows))]
+    return {key: torch.cat([shard[key] for shard in shards]) for key in shards[0]}
+
+
+def files(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("store")
+    stored(folder)
+    return folder
+
+
+def test_rows_are_what_the_pipeline_held_and_know_where_from(finished, sd):
+    assert [p.name for p in sorted(finished.iterdir())] == sorted(SITES)
+    for path in SITES:
+        found = whole(ActivationStore(finished / path))
+        for image, prompt in enumerate(PROMPTS):
+            with sd.pipe.capture([path]) as direct:
+                sd.run(prompt=prompt, generator=torch.Generator().manual_seed(7 + image), num_inference_steps=3)
+            for t in set(direct[path].timestep.tolist()):
+                for b, branch in enumerate(CONFIG.branches):
+                    here = (found["image"] == image) & (found["timestep"] == t) & (found["branch"] == b)
+                    rows = direct[path].rows(branch, t)[0]
+                    assert found["place"][here].tolist() == list(range(len(rows)))
+                    torch.testing.assert_close(found["rows"][here], rows, atol=1e-5, rtol=1e-4)
+    one = ActivationStore(finished / SITE)
+    assert len(one) == 5 * 3 * 2 * 64 and one.width == 8 and one.site.path == SITE
+    assert one.manifest["call"] == CALL and one.manifest["config"]["branches"] == ["cond", "uncond"]
+
+
+def test_what_is_kept_can_be_thinned_and_does_not_depend_on_the_batch(tmp_path):
+    thin = replace(CONFIG, branches=("cond",), timesteps=2, places=5, dtype="float16")
+    a, b = (stored(tmp_path / str(n), replace(thin, batch_size=n))[SITE] for n in (1, 5))
+    x, y = whole(a), whole(b)
+    assert len(a) == 5 * 2 * 5 and x["rows"].dtype == torch.float16
+    assert sorted(set(x["timestep"].tolist())) == sorted({667.0, 1.0})
+    for key in ("image", "timestep", "branch", "place"):
+        assert torch.equal(x[key], y[key])
+    torch.testing.assert_close(x["rows"], y["rows"], atol=2e-3, rtol=2e-3)
+    places = x["place"].view(-1, 5)
+    assert len({tuple(p) for p in places.tolist()}) > 5 and (places[:, 1:] > places[:, :-1]).all()
+
+
+class Stop(BaseException):
+    """As sudden as a kill: nothing that cleans up after an `Exception` runs."""
+
+
+def test_a_run_that_is_stopped_at_any_moment_ends_with_the_same_bytes(finished, tmp_path, monkeypatch):
+    """Before and after each flush, rename and removal of the whole run."""
+    expected, harness = files(finished), Harness()
+    calls = {"left": 0}
+
+    def counted(function):
+        def work(*args, **kwargs):
+            for before in (True, False):
+                calls["left"] -= 1
+                if calls["left"] == 0:
+                    raise Stop
+                if before:
+                    result = function(*args, **kwargs)
+            return result
+
+        return work
+
+    for owner, name in ((store.os, "fsync"), (Path, "rename"), (Path, "unlink"), (store, "save_file")):
+        monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
+    stops = 0
+    for moment in range(1, 1000, 3):
+        folder = tmp_path / "run"
+        calls["left"] = moment
+        try:
+            stored(folder, pipe=harness.pipe)
+        except Stop:
+            stops += 1
+            calls["left"] = 0
+            for path in SITES:  # what is not whole is never read as whole
+                try:
+                    ActivationStore(folder / path)
+                except InputError:
+                    continue
+                assert files(folder / path) == files(finished / path)
+            stored(folder, pipe=harness.pipe)
+        calls["left"] = 0
+        assert files(folder) == expected, moment
+        shutil.rmtree(folder)
+        if stops < (moment + 2) // 3:
+            break
+    assert stops > 15
+
+
+def test_a_finished_run_generates_nothing_anew(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "copy")
+    harness = Harness()
+    harness.bare.unet.forward = None
+    harness.pipe.unet.forward = None
+    assert len(stored(tmp_path / "copy", pipe=harness.pipe)[SITE]) == len(ActivationStore(finished / SITE))
+    assert files(tmp_path / "copy") == files(finished)
+
+
+def another_unet():
+    harness = Harness()
+    torch.manual_seed(5)
+    harness.pipe.register_modules(unet=tiny_unet())
+    return harness.pipe
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"config": replace(CONFIG, seed=8)}, "of another run .config is"),
+        ({"config": replace(CONFIG, places=3)}, "of another run .config is"),
+        ({"prompts": [*PROMPTS[:4], "zz"]}, "of another run .prompts is"),
+        ({"num_inference_steps": 4}, "of another run .call is"),
+        ({"pipe": "another"}, "of another run .model is"),
+    ],
+)
+def test_another_run_is_not_mixed_in(finished, tmp_path, change, sentence):
+    shutil.copytree(finished, tmp_path / "copy")
+    if "pipe" in change:
+        change = {"pipe": another_unet()}
+    with pytest.raises(InputError, match=sentence):
+        stored(tmp_path / "copy", **change)
+    assert files(tmp_path / "copy") == files(finished)
+
+
+def altered(folder, change):
+    shard = folder / "000001.safetensors"
+    data = shard.read_bytes()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    if change == "a byte":
+        shard.write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
+    if change == "cut off":
+        shard.write_bytes(data[:-1])
+    if change == "missing":
+        shard.unlink()
+    if change == "incomplete":
+        (folder / "manifest.json").write_text(json.dumps({**manifest, "complete": False}))
+    if change == "schema":
+        (folder / "manifest.json").write_text(json.dumps({**manifest, "schema": 99}))
+    if change == "no json":
+        (folder / "manifest.json").write_text("{")
+    if change == "nothing":
+        (folder / "manifest.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ("a byte", "000001.safetensors is truncated or altered"),
+        ("cut off", "000001.safetensors is truncated or altered"),
+        ("missing", "000001.safetensors is missing"),
+        ("incomplete", "is not complete; run store_activations as before"),
+        ("schema", "has schema 99, and this version reads 1"),
+        ("no json", "manifest.json cannot be read"),
+        ("nothing", "holds no store of activations"),
+    ],
+)
+def test_a_store_that_is_not_whole_is_refused(finished, tmp_path, change, sentence):
+    folder = shutil.copytree(finished / SITE, tmp_path / "copy")
+    altered(folder, change)
+    with pytest.raises(InputError, match=sentence) as error:
+        ActivationStore(folder)
+    assert str(error.value).endswith(".")
+
+
+def test_a_full_disk_stops_the_run_which_then_goes_on(finished, tmp_path, monkeypatch):
+    save, calls = store.save_file, []
+
+    def full(tensors, path):
+        calls.append(path)
+        if len(calls) == 4:
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(tensors, path)
+
+    monkeypatch.setattr(store, "save_file", full)
+    with pytest.raises(InputError, match="is full after 2 images; make room and run the same again"):
+        stored(tmp_path)
+    assert not list(tmp_path.rglob("*.part"))
+    stored(tmp_path)
+    assert files(tmp_path) == files(finished)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"config": replace(CONFIG, max_bytes=100_000)}, r"take [\d,]+ bytes in .* and 100,000 are allowed"),
+        ({"config": replace(CONFIG, images=6)}, "There are 5 prompts for 6 images"),
+        ({"config": replace(CONFIG, branches=("perturbed",))}, "held no rows of perturbed; it held cond, uncond"),
+    ],
+)
+def test_what_cannot_be_stored_writes_no_shard(tmp_path, change, sentence):
+    with pytest.raises(InputError, match=sentence):
+        stored(tmp_path, **change)
+    assert not list(tmp_path.rglob("*.safetensors*"))
+
+
+def test_bad_configs():
+    with pytest.raises(InputError, match="dtype='int8' is none of float16"):
+        StoreConfig(images=1, dtype="int8")
+    with pytest.raises(InputError, match="places=0 must be at least 1"):
+        StoreConfig(images=1, places=0)
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / SITE).mkdir()
+    (tmp_path / SITE / "thesis.txt").write_text("all of it")
+    with pytest.raises(InputError, match="is not empty and holds no store"):
+        stored(tmp_path)
+    assert (tmp_path / SITE / "thesis.txt").read_text() == "all of it"
+
+
+@pytest.mark.parametrize("pool", [1, 2, 16])
+def test_batches_hold_every_row_once_an_epoch_in_an_order_that_follows_from_the_seed(finished, pool):
+    one = ActivationStore(finished / SITE)
+    rows = whole(one)["rows"]
+    batches = list(one.batches(100, seed=3, epochs=2, pool=pool))
+    assert len(batches) == 2 * len(one) // 100 and all(b.shape == (100, 8) for b in batches)
+    first = torch.cat(batches)[: len(one)]
+    assert torch.equal(first.sort(0).values, rows.sort(0).values) and not torch.equal(first, rows)
+    again = list(one.batches(100, seed=3, epochs=2, pool=pool, skip=21))
+    assert len(again) == len(batches) - 21 and all(torch.equal(a, b) for a, b in zip(again, batches[21:], strict=True))
+    assert not torch.equal(next(one.batches(100, seed=4, pool=pool)), batches[0])

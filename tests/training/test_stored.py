@@ -1,0 +1,127 @@
+"""Training on a store: the same bits after a stop at any moment, and what is refused."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import SITE, Harness
+from kinds import KINDS
+
+from diffusers_sae import InputError
+from diffusers_sae.capture import StoreConfig, store_activations
+from diffusers_sae.saes import ARCHITECTURES
+from diffusers_sae.training import SAETrainer, TrainingConfig, train_on_store, trainer
+
+CONFIG = TrainingConfig(steps=24, batch_size=128, lr=3e-3, dead_after=500, sparsity=0.3)
+CALL = {"num_inference_steps": 3, "guidance_scale": 5.0, "height": 16, "width": 16}
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("store")
+    config = StoreConfig(images=6, batch_size=2, dtype="float32")
+    return store_activations(Harness().pipe, [SITE], list("abcdef"), folder, config, **CALL)[SITE]
+
+
+def trained(stored, folder, kind=("TopKSAE", {"k": 4}), config=CONFIG, **kwargs):
+    name, arguments = kind
+    return train_on_store(
+        stored, lambda d: ARCHITECTURES[name](d, 32, **arguments), folder, config,
+        **{"checkpoint_every": 5, "log_every": 2, **kwargs},
+    )  # fmt: skip
+
+
+def logged(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+class Stop(BaseException):
+    """As sudden as a kill."""
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind[0] + "".join(f", {k}" for k in kind[1] if k == "tied"))
+def test_a_run_that_is_stopped_ends_with_the_same_bits(stored, tmp_path, monkeypatch, kind):
+    expected = trained(stored, tmp_path / "whole", kind).state_dict()
+    log = logged(tmp_path / "whole")
+    assert [entry["step"] for entry in log] == list(range(2, 25, 2)) and log[-1]["fvu"] < log[0]["fvu"]
+    step, left = SAETrainer.step, []
+
+    def stopping(self, *args):
+        left[0] -= 1
+        if left[0] == 0:
+            raise Stop
+        return step(self, *args)
+
+    monkeypatch.setattr(SAETrainer, "step", stopping)
+    left[:] = [4]
+    for moment in (4, 3, 9, 7):  # before the first checkpoint, and between others
+        left[:] = [moment]
+        with pytest.raises(Stop):
+            trained(stored, tmp_path / "stopped", kind)
+    left[:] = [-1]
+    found = trained(stored, tmp_path / "stopped", kind).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert logged(tmp_path / "stopped") == log
+
+
+def test_a_stop_while_a_checkpoint_is_written_leaves_the_last_one(stored, tmp_path, monkeypatch):
+    expected = trained(stored, tmp_path / "whole").state_dict()
+    save, saved = torch.save, []
+
+    def half(state, path):
+        saved.append(path)
+        if len(saved) == 3:
+            path.write_bytes(b"half")
+            raise Stop
+        save(state, path)
+
+    monkeypatch.setattr(trainer.torch, "save", half)
+    with pytest.raises(Stop):
+        trained(stored, tmp_path / "stopped")
+    found = trained(stored, tmp_path / "stopped").state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_run_that_is_done_gives_its_sae_again(stored, tmp_path):
+    first, again = trained(stored, tmp_path), trained(stored, tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+
+
+def test_the_seed_decides_whatever_was_drawn_before(stored, tmp_path):
+    torch.manual_seed(1)
+    first = trained(stored, tmp_path / "a")
+    torch.manual_seed(2)
+    state = torch.random.get_rng_state()
+    again, other = trained(stored, tmp_path / "b"), trained(stored, tmp_path / "c", seed=1)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.equal(first.W_dec, again.W_dec) and not torch.equal(first.W_dec, other.W_dec)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_last_good_state(stored, tmp_path, monkeypatch):
+    step = SAETrainer.step
+
+    def spoiled(self, rows):
+        return step(self, rows * (float("nan") if self.step_count == 7 else 1.0))
+
+    monkeypatch.setattr(SAETrainer, "step", spoiled)
+    with pytest.raises(FloatingPointError, match="loss is nan at step 7; lower the rate"):
+        trained(stored, tmp_path, ("BatchTopKSAE", {"k": 4}))
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert state["step_count"] == 7 and all(tensor.isfinite().all() for tensor in state["sae"].values())
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"seed": 1}, "is of another store or seed; delete it to begin anew"),
+        ({"config": replace(CONFIG, lr=1e-3)}, "was made with"),
+        ({"config": replace(CONFIG, batch_size=5000)}, "has 1152 rows, fewer than the 5000 of a step"),
+    ],
+)
+def test_what_does_not_fit_is_refused(stored, tmp_path, change, sentence):
+    trained(stored, tmp_path)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    with pytest.raises(InputError, match=sentence):
+        trained(stored, tmp_path, **change)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
