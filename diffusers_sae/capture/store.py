@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import hashlib
 import json
@@ -292,8 +293,19 @@ class ActivationStore:
                 raise InputError(f"{file} is missing; store the activations again, or fetch them whole.")
             if file.stat().st_size != shard["bytes"] or (verify and sha256(file) != shard["sha256"]):
                 raise InputError(f"{file} is truncated or altered; store the activations again, or fetch them whole.")
-        self._load = lru_cache(maxsize=64)(lambda i: load_file(self.folder / self.manifest["shards"][i]["file"]))
+        self._open()
+
+    def _open(self) -> None:
+        files = [self.folder / shard["file"] for shard in self.manifest["shards"]]
+        self._load = lru_cache(maxsize=64)(lambda i: load_file(files[i]))
         self.shard_rows = [shard["rows"] for shard in self.manifest["shards"]]
+
+    def part(self, start: int | None = None, stop: int | None = None) -> ActivationStore:
+        """Some of the shards as a store of their own, counted as in a slice."""
+        part = copy.copy(self)
+        part.manifest = {**self.manifest, "shards": self.manifest["shards"][start:stop]}
+        part._open()
+        return part
 
     def __len__(self) -> int:
         return sum(self.shard_rows)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import typer
 
+from .capture import capture
 from .demo import demo
 from .evaluate import evaluate
+from .train import train
 
 app = typer.Typer(
     name="diffusers-sae",
@@ -16,3 +18,5 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(evaluate)
+app.command()(capture)
+app.command()(train)

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..saes import SparseAutoencoder
+from ..capture import ActivationStore
+from ..saes import LatentStatistics, SparseAutoencoder, StatisticsAccumulator
 
 
 @dataclass
@@ -59,3 +60,18 @@ class ReconstructionMeter:
             "dead": float((~self._fired).float().mean()),
             "rows": self._pooled.rows,
         }
+
+
+@torch.no_grad()
+def measure_on_store(
+    sae: SparseAutoencoder, store: ActivationStore, rows: int = 2**14
+) -> tuple[dict[str, object], LatentStatistics]:
+    """Figures of reconstruction and statistics of every latent over all rows of a store, `rows` of them at a time."""
+    meter, statistics = ReconstructionMeter(sae), StatisticsAccumulator(sae.n_latents)
+    for i in range(len(store.shard_rows)):
+        shard = store.shard(i)
+        for timestep in shard["timestep"].unique().tolist():
+            for x in shard["rows"][shard["timestep"] == timestep].split(rows):
+                meter.add(timestep, x.float())
+                statistics.add(timestep, sae.encode_sparse(x.float()))
+    return meter.figures(), statistics.finish()

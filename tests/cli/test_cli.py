@@ -1,8 +1,11 @@
 """The command line: what it does with mistakes."""
 
+import json
 import sys
 
 import pytest
+import torch
+from conftest import SITE, Harness
 
 from diffusers_sae import cli
 
@@ -15,13 +18,87 @@ def run(monkeypatch, capsys, *arguments):
     return stop.value.code, capsys.readouterr().err
 
 
+def done(monkeypatch, capsys, *arguments):
+    """What stands on standard output, after a command that worked."""
+    monkeypatch.setattr(sys, "argv", ["diffusers-sae", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code in (0, None)
+    return capsys.readouterr().out
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A pipeline on disk, and prompts."""
+    Harness().bare.save_pretrained(tmp_path / "model")
+    (tmp_path / "prompts.txt").write_text("ab\ncd\n\nef\ngh\nij\n")
+    return tmp_path
+
+
+CALL = json.dumps({"num_inference_steps": 3, "guidance_scale": 5.0, "height": 16, "width": 16})
+
+
+@pytest.mark.parametrize("kind", ["topk", "jumprelu"])
+def test_from_a_pipeline_to_an_sae_that_steers_it(monkeypatch, capsys, folder, kind):
+    store, out = folder / "store", folder / "sae"
+    capture = ("capture", folder / "model", folder / "prompts.txt", "--out", store, "--site", SITE, "--call", CALL)
+    told = done(monkeypatch, capsys, *capture, "--batch-size", 2)
+    assert told.startswith(f"{SITE}: 960 rows of width 8, 0.000 GB, in {store / SITE}")
+    train = (
+        "train",
+        store / SITE,
+        "--out",
+        out,
+        "--latents",
+        32,
+        "--kind",
+        kind,
+        "--k",
+        4,
+        "--rows",
+        64,
+        "--steps",
+        30,
+    )
+    told = done(monkeypatch, capsys, *train)
+    assert "on 192 rows held out" in told
+    assert done(monkeypatch, capsys, *train) == told  # again, from its checkpoint
+    figures = json.loads((out / "held_out.json").read_text())
+    assert len(figures["fvu_by_timestep"]) == 3 and figures["rows"] == 192
+    harness = Harness()
+    bare = harness.run()
+    loaded = harness.pipe.load_sae(out)
+    assert torch.equal(harness.run(), bare)
+    harness.pipe.steer({int(j): 2.0 for j in range(3)}, unit="max")
+    assert not torch.equal(harness.run(), bare), loaded
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("train", "nowhere", "--out", "sae", "--latents", "8"), "nowhere holds no store of activations"),
+        (("train", "nowhere", "--out", "sae", "--latents", "8", "--kind", "magic"), "'magic' is not a kind of SAE"),
+        (
+            ("capture", "model", "prompts.txt", "--out", "store", "--site", "unet", "--call", "{"),
+            "call='{' is no JSON",
+        ),
+        (("capture", "model", "none.txt", "--out", "store", "--site", "unet.mid_block"), "none.txt"),
+    ],
+)
+def test_mistakes_in_capture_and_train(monkeypatch, capsys, folder, arguments, sentence):
+    monkeypatch.chdir(folder)
+    code, shown = run(monkeypatch, capsys, *arguments)
+    assert code == 2 and sentence in shown and "Traceback" not in shown
+    assert not (folder / "sae").exists() and not (folder / "store").exists()
+
+
 def test_help_names_every_command(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["diffusers-sae", "--help"])
     with pytest.raises(SystemExit) as stop:
         cli.main()
     shown = capsys.readouterr().out
     assert stop.value.code in (0, None)
-    assert "demo" in shown and "evaluate" in shown
+    assert all(command in shown for command in ("demo", "evaluate", "capture", "train"))
 
 
 def test_a_mistake_is_one_sentence(monkeypatch, capsys):

@@ -1,0 +1,51 @@
+"""`diffusers-sae capture`: the activations of a pipeline, on disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def capture(
+    model: Annotated[str, typer.Argument(help="Folder or hub repository of a diffusers pipeline.")],
+    prompts: Annotated[Path, typer.Argument(help="Text file with one prompt a line.")],
+    out: Annotated[Path, typer.Option(help="Folder; every site gets a folder in it.")],
+    site: Annotated[list[str], typer.Option(help="Path of a site, such as unet.mid_block; once for each site.")],
+    images: Annotated[int | None, typer.Option(help="Images to generate; by default one for each prompt.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Images generated at a time.")] = 16,
+    branch: Annotated[list[str], typer.Option(help="Guidance branch; once for each.")] = ["cond"],  # noqa: B006
+    timesteps: Annotated[int | None, typer.Option(help="Timesteps to keep, evenly spread; all by default.")] = None,
+    places: Annotated[int | None, typer.Option(help="Random places to keep of each map; all by default.")] = None,
+    dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "float16",
+    max_gb: Annotated[float | None, typer.Option(help="What the store may take; by default, what is free.")] = None,
+    seed: Annotated[int, typer.Option(help="Image i starts from the noise of seed + i.")] = 0,
+    call: Annotated[str, typer.Option(help="JSON of further arguments of the pipeline.")] = "{}",
+) -> None:
+    """Generate images and keep what the sites hold. Stopped, it goes on where it was."""
+    import torch
+
+    from .. import SAESteeringPipeline
+    from ..capture import StoreConfig, store_activations
+    from ..errors import InputError
+
+    try:
+        arguments = json.loads(call)
+    except ValueError as error:
+        raise InputError(
+            f"call={call!r} is no JSON ({error}); pass such as '{{\"num_inference_steps\": 20}}'."
+        ) from None
+    lines = [line for line in prompts.read_text().splitlines() if line.strip()]
+    budget = None if max_gb is None else int(max_gb * 1e9)
+    config = StoreConfig(
+        len(lines) if images is None else images, batch_size, tuple(branch), timesteps, places, dtype, budget, seed
+    )
+    cuda = torch.cuda.is_available()
+    pipe = SAESteeringPipeline.from_pretrained(model, dtype=torch.float16 if cuda else torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    stores = store_activations(pipe.to("cuda") if cuda else pipe, site, lines, out, config, **arguments)
+    for path, store in stores.items():
+        size = sum(shard["bytes"] for shard in store.manifest["shards"])
+        typer.echo(f"{path}: {len(store):,} rows of width {store.width}, {size / 1e9:.3f} GB, in {store.folder}")
