@@ -7,6 +7,7 @@ import typer
 from .capture import capture
 from .demo import demo
 from .evaluate import evaluate
+from .inspect import inspect
 from .train import train
 
 app = typer.Typer(
@@ -20,3 +21,4 @@ app.command()(demo)
 app.command()(evaluate)
 app.command()(capture)
 app.command()(train)
+app.command()(inspect)

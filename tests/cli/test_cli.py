@@ -65,6 +65,8 @@ def test_from_a_pipeline_to_an_sae_that_steers_it(monkeypatch, capsys, folder, k
     assert done(monkeypatch, capsys, *train) == told  # again, from its checkpoint
     figures = json.loads((out / "held_out.json").read_text())
     assert len(figures["fvu_by_timestep"]) == 3 and figures["rows"] == 192
+    told = done(monkeypatch, capsys, "inspect", out)
+    assert "latents: 32\n" in told and (out / "inspect.png").stat().st_size > 10_000
     harness = Harness()
     bare = harness.run()
     loaded = harness.pipe.load_sae(out)
@@ -98,7 +100,7 @@ def test_help_names_every_command(monkeypatch, capsys):
         cli.main()
     shown = capsys.readouterr().out
     assert stop.value.code in (0, None)
-    assert all(command in shown for command in ("demo", "evaluate", "capture", "train"))
+    assert all(command in shown for command in ("demo", "evaluate", "capture", "train", "inspect"))
 
 
 def test_a_mistake_is_one_sentence(monkeypatch, capsys):
