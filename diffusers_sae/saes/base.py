@@ -13,6 +13,7 @@ from torch import nn
 
 from ..checksums import write_checksums
 from ..errors import InputError
+from .ops import sparse_decode
 
 ARCHITECTURES: dict[str, type[SparseAutoencoder]] = {}
 """Every architecture by the name of its class, which is what a saved config calls it."""
@@ -140,10 +141,8 @@ class SparseAutoencoder(ModelMixin, ConfigMixin):
     def decode_sparse(self, code: SparseCode) -> torch.Tensor:
         """What `decode` gives for the same code, from its active latents only."""
         k = code.indices.shape[-1]
-        rows = nn.functional.embedding_bag(
-            code.indices.reshape(-1, k), self.W_dec, per_sample_weights=code.values.reshape(-1, k), mode="sum"
-        )
-        return rows.view(*code.indices.shape[:-1], self.d_in) + self.b_dec
+        rows = sparse_decode(code.values.reshape(-1, k), code.indices.reshape(-1, k), self.W_dec, self.b_dec)
+        return rows.view(*code.indices.shape[:-1], self.d_in)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The reconstruction of `x (..., d)`."""

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..errors import InputError
 from .base import SparseAutoencoder, SparseCode, register_architecture
+from .ops import topk_encode
 
 BLOCK = 4096
 """Latents whose pre-activations are looked at together."""
@@ -35,8 +36,9 @@ class TopKSAE(SparseAutoencoder):
         self._make_parameters(d_in, n_latents)
 
     def encode_sparse(self, x: torch.Tensor) -> SparseCode:
-        values, indices = self.pre_activations(x).relu_().topk(self.k, dim=-1, sorted=False)
-        return SparseCode(values, indices)
+        rows = x.float().reshape(-1, self.d_in)
+        values, indices = topk_encode(rows, self.W_enc, self.b_enc, self.b_dec, self.k)
+        return SparseCode(values.view(*x.shape[:-1], self.k), indices.view(*x.shape[:-1], self.k))
 
     def encode_only(self, x: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """The k-th largest pre-activation decides; it is found in blocks, and no dense code is kept."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..saes import SparseAutoencoder
+from ..saes.ops import sparse_decode
 
 
 def fraction_of_variance_unexplained(
@@ -31,8 +32,9 @@ def aux_k_loss(
     k = min(k_aux, -(-int(dead.sum()) // 4))
     if k == 0:
         return x.new_zeros(())
-    pre = sae.pre_activations(x).masked_fill(~dead, float("-inf"))
-    values, indices = pre.topk(k, dim=-1, sorted=False)
+    latents = dead.nonzero().flatten()
+    pre = torch.nn.functional.linear(x - sae.b_dec, sae.W_enc[latents], sae.b_enc[latents])
+    values, chosen = pre.topk(k, dim=-1, sorted=False)
     values = values + (values.relu() - values).detach()
-    rows = torch.nn.functional.embedding_bag(indices, sae.W_dec, per_sample_weights=values, mode="sum")
-    return (residual - rows).square().sum() / residual.square().sum().clamp(min=1e-12)
+    model = sparse_decode(values, latents[chosen], sae.W_dec, torch.zeros_like(sae.b_dec))
+    return (residual - model).square().sum() / residual.square().sum().clamp(min=1e-12)
