@@ -3,12 +3,22 @@
 from .errors import InputError
 from .pipelines import SAESteeringMixin, SAESteeringPipeline
 from .rules import Rule
-from .saes import BatchTopKSAE, GatedSAE, JumpReLUSAE, LatentStatistics, MatryoshkaSAE, ReLUSAE, TopKSAE
+from .saes import (
+    BatchTopKSAE,
+    Directions,
+    GatedSAE,
+    JumpReLUSAE,
+    LatentStatistics,
+    MatryoshkaSAE,
+    ReLUSAE,
+    TopKSAE,
+)
 from .sites import Site
 from .strengths import StrengthMap, StrengthTable
 
 __all__ = [
     "BatchTopKSAE",
+    "Directions",
     "GatedSAE",
     "InputError",
     "JumpReLUSAE",

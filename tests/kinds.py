@@ -6,7 +6,8 @@ from tiny import SITE
 from diffusers_sae.saes import ARCHITECTURES
 
 ARGUMENTS = {"TopKSAE": {"k": 4}, "BatchTopKSAE": {"k": 4}, "MatryoshkaSAE": {"k": 4}}
-KINDS = [(name, ARGUMENTS.get(name, {})) for name in ARCHITECTURES] + [("ReLUSAE", {"tied": True})]
+KINDS = [(name, ARGUMENTS.get(name, {})) for name in ARCHITECTURES if name != "Directions"]
+KINDS.append(("ReLUSAE", {"tied": True}))
 
 
 def of_kind(name, arguments, d_in=8, n_latents=32):

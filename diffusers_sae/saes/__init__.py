@@ -2,6 +2,7 @@
 
 from .base import ARCHITECTURES, SparseAutoencoder, SparseCode, register_architecture
 from .batch_topk import BatchTopKSAE
+from .directions import Directions
 from .gated import GatedSAE
 from .jump_relu import JumpReLUSAE
 from .matryoshka import MatryoshkaSAE
@@ -12,6 +13,7 @@ from .topk import TopKSAE
 __all__ = [
     "ARCHITECTURES",
     "BatchTopKSAE",
+    "Directions",
     "GatedSAE",
     "JumpReLUSAE",
     "LatentStatistics",

@@ -39,7 +39,7 @@ def transposed_product(values: torch.Tensor, indices: torch.Tensor, n: int, x: t
     rows = torch.div(order, indices.shape[1], rounding_mode="floor")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-        return torch.sparse_csr_tensor(starts, rows, values.flatten()[order], (n, len(x))) @ x
+        return torch.sparse_csr_tensor(starts, rows, values.flatten()[order], (n, len(x)), check_invariants=False) @ x
 
 
 class _TopKEncode(torch.autograd.Function):
