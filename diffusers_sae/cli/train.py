@@ -29,8 +29,9 @@ def train(
     from ..evaluation.reconstruction import measure_on_store
     from ..saes import ARCHITECTURES, BatchTopKSAE, TopKSAE
     from ..training import TrainingConfig, train_on_store
+    from ..training.objectives import trainable
 
-    kinds = {name.removesuffix("SAE").lower(): cls for name, cls in ARCHITECTURES.items()}
+    kinds = {name.removesuffix("SAE").lower(): cls for name, cls in ARCHITECTURES.items() if trainable(cls)}
     if kind not in kinds:
         raise InputError(f"{kind!r} is not a kind of SAE; choose from {', '.join(kinds)}.")
     activations = ActivationStore(store)

@@ -41,6 +41,11 @@ def objective(
     raise TypeError(f"{type(sae).__name__} has no training objective; register one with objective.register.")
 
 
+def trainable(cls: type[SparseAutoencoder]) -> bool:
+    """Whether a kind of SAE has an objective."""
+    return objective.dispatch(cls) is not objective.dispatch(SparseAutoencoder)
+
+
 def _fired(z: torch.Tensor) -> torch.Tensor:
     return (z.detach() > 0).any(0)
 

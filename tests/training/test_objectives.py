@@ -6,9 +6,9 @@ import torch
 from kinds import KINDS, of_kind
 from reference import codes
 
-from diffusers_sae.saes import ARCHITECTURES, SparseAutoencoder
+from diffusers_sae.saes import ARCHITECTURES, Directions, SparseAutoencoder
 from diffusers_sae.training import SAETrainer, TrainingConfig
-from diffusers_sae.training.objectives import JumpReLU, Step, objective
+from diffusers_sae.training.objectives import JumpReLU, Step, objective, trainable
 
 SPARSITY, BANDWIDTH = 0.7, 0.5
 
@@ -80,6 +80,8 @@ def test_a_kind_without_an_objective_is_refused():
 
     with pytest.raises(TypeError, match="Strange has no training objective"):
         objective(Strange(), torch.zeros(2, 2), None, 0.0, 0.0)
+    assert not trainable(Strange) and not trainable(Directions)
+    assert all(trainable(ARCHITECTURES[name]) for name, _ in KINDS)
 
 
 def sparse_data(rows, directions, generator):
