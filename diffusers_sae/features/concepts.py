@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -75,9 +76,8 @@ def concept_activity(
 
 
 def _relative(places: torch.Tensor) -> torch.Tensor:
-    """Sums by place `(C, P, n)` in multiples of their mean over places; 1 where there is none."""
-    mean = places.mean(1, keepdim=True)
-    return torch.where(mean > 0, places / mean.clamp(min=1e-12), torch.ones(()))
+    """Sums by place `(C, P, n)` in multiples of their mean over places; 0 for a latent that is active at none."""
+    return places / places.mean(1, keepdim=True).clamp(min=1e-12)
 
 
 @dataclass
@@ -89,7 +89,8 @@ class ConceptScores:
         groups: what each is a value of, such as `style`; a concept is told apart from the others of its group.
         timesteps: `(T,)`, from noise to image.
         activity: `(C, T, n)`, mean activation on images of the concept, over places and images.
-        places: `(C, P, n)`, mean activation at each place, over images and timesteps, in multiples of the mean place.
+        places: `(C, P, n)`, mean activation at each place, over images and timesteps, in multiples of the
+            mean place; 0 for a latent that is active at none.
         grid: height and width of the P places.
         effect: `(C, T, n)`, how far the latents' activity moves the denoiser towards the concept, where measured.
     """
@@ -180,14 +181,13 @@ class ConceptScores:
         return {j: StrengthTable(steps, tuple(filled[:, j].tolist())) for j in features}
 
     def save(self, folder: Path) -> None:
-        """Write `concepts.safetensors` into an SAE's folder."""
-        tensors = {"timesteps": self.timesteps, "activity": self.activity.half()}
-        tensors["places"] = self.places.to(torch.float8_e4m3fn)  # of 0 to P, to 6 %
+        """Write `concepts.safetensors` into an SAE's folder: where each score is not 0, and its values there."""
+        tensors = {"timesteps": self.timesteps, **_packed("activity", self.activity.half())}
+        tensors |= _packed("places", self.places.to(torch.float8_e4m3fn))  # of 0 to P, to 6 %
         if self.effect is not None:
-            unit = self.effect.abs().amax((1, 2), keepdim=True).clamp(min=1e-12)  # (C, 1, 1)
-            tensors["effect"] = (448 / unit * self.effect).to(torch.float8_e4m3fn)  # to 6 %, 448 is the type's largest
-            tensors["effect_unit"] = unit / 448
-        names = {key: json.dumps(getattr(self, key)) for key in ("concepts", "groups", "grid")}
+            unit = self.effect.abs().amax((1, 2), keepdim=True).clamp(min=1e-12) / 448  # (C, 1, 1); the type's largest
+            tensors |= _packed("effect", (self.effect / unit).to(torch.float8_e4m3fn)) | {"effect_unit": unit}
+        names = {key: json.dumps(getattr(self, key)) for key in ("concepts", "groups", "grid", "n_latents")}
         save_file({k: v.contiguous() for k, v in tensors.items()}, folder / FILE, metadata=names)
 
     @classmethod
@@ -196,16 +196,33 @@ class ConceptScores:
         path = Path(folder) / FILE
         try:
             with safe_open(path, "pt") as file:
-                names = file.metadata()
-                tensors = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
-            if "effect" in tensors:
-                tensors["effect"] *= tensors.pop("effect_unit")
-            texts = {key: tuple(json.loads(names[key])) for key in ("concepts", "groups", "grid")}
-            return cls(**{**texts, **tensors})  # type: ignore[arg-type]
-        except (OSError, SafetensorError, KeyError, TypeError) as error:
+                names = {key: json.loads(text) for key, text in (file.metadata() or {}).items()}
+                stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            scores = {
+                key: _unpacked(stored[f"{key}.there"], stored[f"{key}.values"], names["n_latents"])
+                for key in ("activity", "places", "effect")
+                if key != "effect" or "effect_unit" in stored
+            }
+            if "effect" in scores:
+                scores["effect"] *= stored["effect_unit"]
+            concepts, groups, grid = (tuple(names[key]) for key in ("concepts", "groups", "grid"))
+            found = stored["timesteps"], scores["activity"], scores["places"], grid, scores.get("effect")
+            return cls(concepts, groups, *found)
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(
                 f"{path} cannot be read as concept scores ({error}); compute or fetch them again."
             ) from None
+
+
+def _packed(name: str, scores: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Most scores are 0: where they are not, as bits along the last axis, and their values there."""
+    there = scores.float() != 0
+    return {f"{name}.there": torch.from_numpy(np.packbits(there.numpy(), axis=-1)), f"{name}.values": scores[there]}
+
+
+def _unpacked(there: torch.Tensor, values: torch.Tensor, n_latents: int) -> torch.Tensor:
+    found = torch.from_numpy(np.unpackbits(there.numpy(), axis=-1, count=n_latents)).bool()
+    return torch.zeros(found.shape).masked_scatter_(found, values.float())
 
 
 def _top(score: torch.Tensor, percentile: float) -> torch.Tensor:
