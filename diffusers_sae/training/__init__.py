@@ -1,6 +1,6 @@
 """Training SAEs on streams and on stores of activations."""
 
-from .stored import train_on_store
+from .from_store import train_on_store
 from .streaming import StreamingConfig, train_on_stream
 from .trainer import SAETrainer, TrainingConfig
 
