@@ -28,8 +28,7 @@ def reconstruction(
         pipe, list(saes), sample_captions(images, SEED), batch_size=batch_size, seed=SEED, **CALL
     )
     for batch in tqdm(stream, total=-(-images // batch_size), desc="held-out", mininterval=5):
-        for site, sae in saes.items():
+        for site in saes:
             for rows, timestep in zip(*batch.rows(site), strict=True):
-                meters[site].add(float(timestep), rows)
-                accumulators[site].add(float(timestep), sae.encode_sparse(rows))
+                accumulators[site].add(float(timestep), meters[site].add(float(timestep), rows))
     return {site: meter.figures() for site, meter in meters.items()}, accumulators

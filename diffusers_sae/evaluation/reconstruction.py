@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..capture import ActivationStore
-from ..saes import LatentStatistics, SparseAutoencoder, StatisticsAccumulator
+from ..saes import LatentStatistics, SparseAutoencoder, SparseCode, StatisticsAccumulator
 
 
 @dataclass
@@ -37,8 +37,8 @@ class ReconstructionMeter:
         self._fired = torch.zeros(self.sae.n_latents, dtype=torch.bool)
 
     @torch.no_grad()
-    def add(self, timestep: float, x: torch.Tensor) -> None:
-        """Rows `(..., d)` seen at one timestep."""
+    def add(self, timestep: float, x: torch.Tensor) -> SparseCode:
+        """Take in rows `(..., d)` seen at one timestep; returns their code, `(N, k)`."""
         x = x.reshape(-1, x.shape[-1])
         code = self.sae.encode_sparse(x)
         error = float((x - self.sae.decode_sparse(code)).double().square().sum())
@@ -50,6 +50,7 @@ class ReconstructionMeter:
             sums.square += float(x.double().square().sum())
             sums.error += error
             sums.active += float(active.sum())
+        return code
 
     def figures(self) -> dict[str, object]:
         """`fvu` pooled, `fvu_by_timestep`, `l0`, `dead` (share of latents that never fired here) and `rows`."""
@@ -72,6 +73,5 @@ def measure_on_store(
         shard = store.shard(i)
         for timestep in shard["timestep"].unique().tolist():
             for x in shard["rows"][shard["timestep"] == timestep].split(rows):
-                meter.add(timestep, x.float())
-                statistics.add(timestep, sae.encode_sparse(x.float()))
+                statistics.add(timestep, meter.add(timestep, x.float()))
     return meter.figures(), statistics.finish()

@@ -58,10 +58,12 @@ class _TopKEncode(torch.autograd.Function):
         centred, W_enc, values, indices = ctx.saved_tensors
         grad = grad * (values > 0)
         by_bias = torch.zeros_like(W_enc[:, 0]).index_add_(0, indices.flatten(), grad.flatten())
-        by_x = None
+        by_x = by_weight = None
         if ctx.needs_input_grad[0]:
             by_x = nn.functional.embedding_bag(indices, W_enc, per_sample_weights=grad, mode="sum")
-        return by_x, transposed_product(grad, indices, len(W_enc), centred), by_bias, -(by_bias @ W_enc), None
+        if ctx.needs_input_grad[1]:
+            by_weight = transposed_product(grad, indices, len(W_enc), centred)
+        return by_x, by_weight, by_bias, -(by_bias @ W_enc), None
 
 
 class _SparseDecode(torch.autograd.Function):
@@ -71,11 +73,12 @@ class _SparseDecode(torch.autograd.Function):
         return nn.functional.embedding_bag(indices, W_dec, per_sample_weights=values, mode="sum")
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor | None]:  # type: ignore[override]
         values, indices, W_dec = ctx.saved_tensors
         rows = max(1, CHUNK // (indices.shape[1] * W_dec.shape[1] * W_dec.element_size()))
         by_values = torch.empty_like(values)
         for i in range(0, len(values), rows):
             part = slice(i, i + rows)
             torch.bmm(W_dec[indices[part]], grad[part, :, None], out=by_values[part, :, None])
-        return by_values, None, transposed_product(values, indices, len(W_dec), grad)
+        by_weight = transposed_product(values, indices, len(W_dec), grad) if ctx.needs_input_grad[2] else None
+        return by_values, None, by_weight

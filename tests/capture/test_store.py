@@ -12,7 +12,7 @@ from conftest import SITE, Harness
 from tiny import tiny_unet
 
 from diffusers_sae import InputError
-from diffusers_sae.capture import ActivationStore, StoreConfig, store, store_activations
+from diffusers_sae.capture import ActivationStore, StoreConfig, store_activations, storing
 
 CALL = {"num_inference_steps": 3, "guidance_scale": 5.0, "height": 16, "width": 16}
 PROMPTS = ["ab", "cd", "ef", "gh", "ij"]
@@ -93,7 +93,7 @@ def test_a_run_that_is_stopped_at_any_moment_ends_with_the_same_bytes(finished, 
 
         return work
 
-    for owner, name in ((store.os, "fsync"), (Path, "rename"), (Path, "unlink"), (store, "save_file")):
+    for owner, name in ((storing.os, "fsync"), (Path, "rename"), (Path, "unlink"), (storing, "save_file")):
         monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
     stops = 0
     for moment in range(1, 1000, 3):
@@ -195,7 +195,7 @@ def test_a_store_that_is_not_whole_is_refused(finished, tmp_path, change, senten
 
 
 def test_a_full_disk_stops_the_run_which_then_goes_on(finished, tmp_path, monkeypatch):
-    save, calls = store.save_file, []
+    save, calls = storing.save_file, []
 
     def full(tensors, path):
         calls.append(path)
@@ -204,7 +204,7 @@ def test_a_full_disk_stops_the_run_which_then_goes_on(finished, tmp_path, monkey
             raise OSError(errno.ENOSPC, "No space left on device")
         save(tensors, path)
 
-    monkeypatch.setattr(store, "save_file", full)
+    monkeypatch.setattr(storing, "save_file", full)
     with pytest.raises(InputError, match="is full after 2 images; make room and run the same again"):
         stored(tmp_path)
     assert not list(tmp_path.rglob("*.part"))

@@ -1,0 +1,251 @@
+"""Writing a store of activations: whole shards only, in the order of the images, so that a stopped run goes on."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from ..activations import SiteActivations
+from ..checksums import sha256
+from ..errors import InputError
+from ..families import denoiser_of
+from ..sites import LAYOUTS, Site
+from .store import MANIFEST, SCHEMA, ActivationStore, read_manifest
+from .stream import StreamBatch, stream_activations
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StoreConfig:
+    """What is kept of the activations of a run.
+
+    Args:
+        images: images to generate.
+        batch_size: images generated at a time; a shard holds the rows of one such batch.
+        branches: guidance branches.
+        timesteps: how many of the run's timesteps, evenly spread; all of them by default.
+        places: how many random places of each image, branch and timestep; all of them by default.
+        dtype: `float16`, `bfloat16` or `float32`.
+        max_bytes: what all sites together may take on the disk; by default, what is free.
+        seed: image i starts from the noise of seed `seed + i`.
+    """
+
+    images: int
+    batch_size: int = 16
+    branches: tuple[str, ...] = ("cond",)
+    timesteps: int | None = None
+    places: int | None = None
+    dtype: str = "float16"
+    max_bytes: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise InputError(f"dtype={self.dtype!r} is none of {', '.join(DTYPES)}; choose one of them.")
+        for name in ("images", "batch_size", "timesteps", "places"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name}={value} must be at least 1.")
+
+
+def store_activations(
+    pipe: Any, sites: Sequence[Site | str], prompts: Iterable[str], folder: str | Path, config: StoreConfig, **call: Any
+) -> dict[str, ActivationStore]:
+    """Generate `config.images` images and keep what the sites hold, in `folder/<path of the site>`.
+
+    All sites are filled in one pass. Every shard is whole or not there: a run that was stopped, by whatever means,
+    goes on after its last whole shard and ends with the files that an undisturbed run writes. `call` goes to the
+    pipeline. Returns `{path: store}`.
+
+    Raises:
+        InputError: if the folder holds another run's activations, or the disk has too little room.
+    """
+    wanted = list(islice(iter(prompts), config.images))
+    if len(wanted) < config.images:
+        raise InputError(f"There are {len(wanted)} prompts for {config.images} images; give one for each.")
+    places = [Site.of(site) for site in sites]
+    writers = {at.path: _Writer(Path(folder) / at.path, _about(pipe, at, wanted, config, call)) for at in places}
+    first = min(writer.images for writer in writers.values())
+    if first < config.images:
+        stream = stream_activations(
+            pipe, places, wanted, batch_size=config.batch_size, seed=config.seed, skip=first, **call
+        )
+        with tqdm(total=config.images, initial=first, desc="images", mininterval=5) as bar:
+            for i, batch in enumerate(stream):
+                tensors = {path: _rows_of(batch, path, config) for path in writers}
+                if i == 0:
+                    _check_budget(Path(folder), tensors, len(batch.prompts), config.images - first, config.max_bytes)
+                for path, writer in writers.items():
+                    if batch.first_image >= writer.images:  # else it was written before the run was stopped
+                        writer.add(tensors[path], len(batch.prompts))
+                bar.update(len(batch.prompts))
+    for writer in writers.values():
+        writer.finish()
+    return {path: ActivationStore(writer.folder, verify=False) for path, writer in writers.items()}
+
+
+def _about(pipe: Any, site: Site, prompts: Sequence[str], config: StoreConfig, call: Mapping[str, Any]) -> dict:
+    """What two runs must have in common for one to go on where the other stopped."""
+    kept = asdict(config)
+    del kept["max_bytes"]
+    kept["branches"] = list(config.branches)
+    return {
+        "schema": SCHEMA,
+        "site": site.as_dict(),
+        "model": {
+            "name": pipe.config.get("_name_or_path"),
+            "weights": _fingerprint(getattr(pipe, denoiser_of(pipe)[0])),
+        },
+        "scheduler": type(pipe.scheduler).__name__,
+        "prompts": hashlib.sha256("\0".join(prompts).encode()).hexdigest(),
+        "call": {name: value if isinstance(value, (int, float, str)) else repr(value) for name, value in call.items()},
+        "config": kept,
+    }
+
+
+def _fingerprint(module: torch.nn.Module) -> str:
+    """SHA-256 of the names, shapes and first values of all weights."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten()[:64].double().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _rows_of(batch: StreamBatch, path: str, config: StoreConfig) -> dict[str, torch.Tensor]:
+    """What is kept of one batch, `rows (N, d)` and its labels `(N,)`, in the order image, timestep, branch, place."""
+    seen: SiteActivations = batch.sites[path]
+    rows = LAYOUTS[seen.site.layout].to_rows(seen.tensor)  # (calls x rows, P, d)
+    timesteps = list(dict.fromkeys(seen.timestep.tolist()))
+    kept_steps = set(timesteps)
+    if config.timesteps is not None and config.timesteps < len(timesteps):
+        spread = torch.linspace(0, len(timesteps) - 1, config.timesteps).round().long().tolist()
+        kept_steps = {timesteps[i] for i in spread}
+    images = seen.image - seen.image.min() + batch.first_image
+    branches = torch.tensor([config.branches.index(b) if b in config.branches else -1 for b in seen.branch])
+    missing = set(range(len(config.branches))) - set(branches.tolist())
+    if missing:
+        names = ", ".join(config.branches[i] for i in sorted(missing))
+        raise InputError(f"{path} held no rows of {names}; it held {', '.join(sorted(set(seen.branch)))}.")
+    kept = [i for i, t in enumerate(seen.timestep.tolist()) if t in kept_steps and branches[i] >= 0]
+    kept.sort(key=lambda i: int(images[i]))  # stable, so timesteps and branches keep their order
+    count = rows.shape[1] if config.places is None else min(config.places, rows.shape[1])
+    each = len(kept) // len(batch.prompts)  # entries of an image
+    places = torch.stack(
+        [_places((config.seed, int(images[i]), j % each), rows.shape[1], count) for j, i in enumerate(kept)]
+    )
+    index = torch.tensor(kept)
+    return {
+        "rows": rows[index[:, None], places].flatten(0, 1).to(DTYPES[config.dtype]),
+        "timestep": seen.timestep[index].float().repeat_interleave(count),
+        "branch": branches[index].to(torch.uint8).repeat_interleave(count),
+        "image": images[index].int().repeat_interleave(count),
+        "place": places.flatten().int(),
+    }
+
+
+def _places(key: tuple[int, int, int], total: int, count: int) -> torch.Tensor:
+    """`count` random places of `total`, which follow from the key (seed, image, entry of that image)."""
+    if count == total:
+        return torch.arange(total)
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    return torch.randperm(total, generator=generator)[:count].sort().values
+
+
+def _check_budget(
+    folder: Path, tensors: Mapping[str, Mapping[str, torch.Tensor]], images: int, left: int, max_bytes: int | None
+) -> None:
+    """Log what the run will take on the disk, before it writes anything; raise `InputError` if it is too much."""
+    size = sum(tensor.nbytes for site in tensors.values() for tensor in site.values())
+    needed = -(-size * left // images)
+    free = shutil.disk_usage(folder).free
+    log.info("%s images take %.2f GB in %s, where %.2f GB are free.", left, needed / 1e9, folder, free / 1e9)
+    allowed = free if max_bytes is None else min(free, max_bytes)
+    if needed > allowed:
+        limit = "are free there" if allowed == free else "are allowed (max_bytes)"
+        raise InputError(
+            f"{left} images take {needed:,} bytes in {folder} and {allowed:,} {limit}; keep fewer images, timesteps or "
+            "places, or choose another disk."
+        )
+
+
+class _Writer:
+    """One site's folder: shards that were written whole, in the order of the images."""
+
+    def __init__(self, folder: Path, about: dict[str, Any]) -> None:
+        self.folder, self._about = folder, about
+        self._shards: list[dict[str, Any]] = []
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / MANIFEST).exists():
+            old = read_manifest(folder)
+            for name, value in about.items():
+                if old.get(name) != value:
+                    raise InputError(
+                        f"{folder} holds activations of another run ({name} is {old.get(name)}, not {value}); choose "
+                        "another folder, or delete it."
+                    )
+            self._shards = old["shards"]
+        elif any(entry.name != f"{MANIFEST}.part" for entry in folder.iterdir()):
+            raise InputError(f"{folder} is not empty and holds no store; choose another folder.")
+        self._write_manifest(complete=False)
+        known = {MANIFEST, *(shard["file"] for shard in self._shards)}
+        for stray in folder.iterdir():  # of a run that stopped between a shard and the manifest
+            if stray.name not in known:
+                stray.unlink()
+
+    @property
+    def images(self) -> int:
+        """Images whose rows are all on disk."""
+        return sum(shard["images"] for shard in self._shards)
+
+    def add(self, tensors: Mapping[str, torch.Tensor], images: int) -> None:
+        name = f"{len(self._shards):06}.safetensors"
+        partial = self.folder / f"{name}.part"
+        try:
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial)
+            _flush(partial)
+        except Exception as error:
+            partial.unlink(missing_ok=True)
+            if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left" in str(error):
+                raise InputError(
+                    f"The disk of {self.folder} is full after {self.images} images; make room and run the same again, "
+                    "which goes on from there."
+                ) from None
+            raise
+        digest, size = sha256(partial), partial.stat().st_size
+        partial.rename(self.folder / name)
+        self._shards.append(
+            {"file": name, "rows": len(tensors["rows"]), "images": images, "bytes": size, "sha256": digest}
+        )
+        self._write_manifest(complete=False)
+
+    def finish(self) -> None:
+        self._write_manifest(complete=True)
+
+    def _write_manifest(self, complete: bool) -> None:
+        partial = self.folder / f"{MANIFEST}.part"
+        partial.write_text(json.dumps({**self._about, "complete": complete, "shards": self._shards}, indent=1) + "\n")
+        _flush(partial)
+        partial.rename(self.folder / MANIFEST)
+
+
+def _flush(file: Path) -> None:
+    """Have a file on the disk before it gets its name."""
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
