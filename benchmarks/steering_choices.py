@@ -1,8 +1,8 @@
 """What the engine's choices are worth on the embedded model: `python benchmarks/steering_choices.py`.
 
 Writes `benchmarks/results/steering_choices.json`: masks (does only the masked half turn?), branches (`cond`, `both`,
-`uncond`, `contrast`), and removal by `replace` against `scale`, as curves of unlearning accuracy and artefacts. A
-stopped run goes on where it was.
+`uncond`, `contrast`), and removal by `replace` against `scale`, as curves of unlearning accuracy and damage. A stopped
+run goes on where it was.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import argparse
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from diffusers_sae.demo.measure_removal import Removal, Sighting, cells_of, outcomes, sightings
+from diffusers_sae.demo.measure_removal import CONFIDENT
 from diffusers_sae.demo.measure_steering import edits_towards, judged, load_towards, silent_scenes, steering_figures
 from diffusers_sae.demo.quality import fingerprint
 from diffusers_sae.demo.shipped import (
@@ -29,20 +29,37 @@ from diffusers_sae.demo.shipped import (
     load_scores,
     look,
 )
-from diffusers_sae.demo.world import CONCEPTS, concept_name
+from diffusers_sae.demo.world import CONCEPTS, Scene, concept_name, grid
 from diffusers_sae.evaluation.ledger import Ledger
 from diffusers_sae.evaluation.shares import Share
-from diffusers_sae.evaluation.unlearning import unlearning_accuracy
 
 SEED = 90_000_000
 BRANCHES = ("cond", "uncond", "both", "contrast")
 BRANCH_CONCEPTS = ("neon", "ink", "3d", "red background", "black background", "rocket", "cactus", "hamburger")
 MASK_CONCEPTS = ("black background", "red background", "green background", "yellow background", "blue background")
 STARTS = (0.0, 0.2, 0.4, 0.6)
-REMOVED = ("panda", "rocket", "hamburger", "cook")
-SCALES = (0.0, -1.0, -2.0, -4.0)
-BOUNDS = (0.5, 0.25, 0.1)
-LATENTS = (2, 8)
+REMOVED = (
+    "fox", "owl", "unicorn", "apple", "pizza", "cactus", "sunflower", "car", "sailboat", "umbrella", "crown", "house",
+)  # fmt: skip
+
+
+class Setting(NamedTuple):
+    """`latents` of each of the `sites` at a timestep, on a branch; `value` is the factor or the bound."""
+
+    value: float
+    latents: int
+    branch: str
+    sites: tuple[str, ...] = SITES
+
+
+REMOVALS = {
+    "scale": (
+        *(Setting(value, 8, "cond") for value in (-1.0, -1.5, -2.0)),
+        *(Setting(value, 8, "both") for value in (-2.0, -3.0, -4.0)),
+    ),
+    "replace": tuple(Setting(0.25, latents, "both", SITES[:1]) for latents in (1, 2, 3)),
+}
+"""Chosen on four other objects."""
 
 
 class Choices:
@@ -113,36 +130,49 @@ class Choices:
             names.append([concept_name("background", seen["background"][0]) for seen in look(self._judge, half)])
         return [list(each) for each in zip(*names, strict=True)]
 
-    def removal(self, images: int) -> dict[str, Any]:
-        """Unlearning accuracy and artefacts of `scale` and of `replace`, with the same latents under the same rule."""
-        found: dict[str, Any] = {"scale": [], "replace": []}
-        for latents in LATENTS:
-            for mode, values in (("scale", SCALES), ("replace", BOUNDS)):
-                for value in tqdm(values, desc=f"{mode} {latents}"):
-                    each = [self._removed(target, mode, value, latents, images) for target in REMOVED]
-                    total = sum(each[1:], each[0])
-                    found[mode].append({"latents": latents, "value": value, **total.as_dict()})
+    def removal(self) -> dict[str, Any]:
+        """Removal by `scale` and by `replace`, with the same latents under the same rule, as curves.
+
+        `ua`: share of images no longer seen as the object. `damaged`: share of images in which style or background
+        could be named with confidence, and now cannot, or is another. The object is left out of that, since it is
+        what should go. `background` and `style`: shares of images that keep theirs.
+        """
+        found: dict[str, Any] = {}
+        for mode, settings in REMOVALS.items():
+            found[mode] = []
+            for setting in settings:
+                shares = {name: Share() for name in ("ua", "damaged", "background", "style")}
+                for target in tqdm(REMOVED, desc=f"{mode} {setting}"):
+                    scenes = [s for s in grid() if s.object == target]
+                    bare = self._ledger.get(f"bare object {target}", partial(self._look, scenes))
+                    edits = [self._removal_edit(site, target, mode, setting) for site in setting.sites]
+                    work = partial(self._steered, edits, partial(self._look, scenes))
+                    seen = self._ledger.get(f"{mode} {setting} {target}", work)
+                    for before, after in zip(bare, seen, strict=True):
+                        _count(shares, target, before, after)
+                figures = {name: share.as_dict() for name, share in shares.items()}
+                found[mode].append({**setting._asdict(), **figures})
         return found
 
-    def _removed(self, target: str, mode: str, value: float, latents: int, images: int) -> Any:
-        cells = cells_of(target, images)
-        bare = self._ledger.get(f"bare {target} {images}", lambda: sightings(self._pipe, self._judge, cells))
-        edits = [self._removal_edit(site, target, mode, value, latents) for site in SITES]
-        steered = self._ledger.get(
-            f"{mode} {value} {latents} {target} {images}",
-            lambda: self._steered(edits, lambda: sightings(self._pipe, self._judge, cells)),
-        )
-        return unlearning_accuracy(outcomes(_sightings(steered), _by_cell(bare)), CONCEPTS[target], target)
+    def _look(self, scenes: list[Scene]) -> list[dict[str, Any]]:
+        """What the judge sees in an image of each scene: value and confidence of every factor."""
+        seeds = range(SEED, SEED + len(scenes))
+        return list(look(self._judge, list(generate(self._pipe, [s.caption() for s in scenes], seeds))))
 
-    def _removal_edit(self, site: str, target: str, mode: str, value: float, latents: int) -> dict[str, Any]:
-        scores, how = self._scores[site], Removal(by="activity", latents=latents)
-        edit = {"mode": mode, "adapter_name": site, "when": self._detectors.rule(target, SITES[0])}
-        percentile = how.percentile(scores.n_latents)
+    def _removal_edit(self, site: str, target: str, mode: str, setting: Setting) -> dict[str, Any]:
+        scores, by = self._scores[site], "activity"
+        edit = {
+            "mode": mode,
+            "adapter_name": site,
+            "branch": setting.branch,
+            "when": self._detectors.rule(target, SITES[0]),
+        }
+        percentile = 100 * (1 - setting.latents / scores.n_latents)
         if mode == "scale":
-            return {"features": scores.away(target, value, percentile, how.by), **edit}
+            return {"features": scores.away(target, setting.value, percentile, by), **edit}
         # bounds as multiples of what the latents are on images of the concept
-        chosen = scores.choose(target, percentile, how.by)
-        bound = scores.activity[scores.index(target)] * value
+        chosen = scores.choose(target, percentile, by)
+        bound = scores.activity[scores.index(target)] * setting.value
         return {"features": scores.tables(chosen, bound, otherwise=1e9), **edit}
 
     def _steered(self, edits: list[dict[str, Any]], work: Any, **extra: Any) -> Any:
@@ -154,12 +184,17 @@ class Choices:
             self._pipe.reset_steering()
 
 
-def _sightings(record: list[Any]) -> list[Any]:
-    return [Sighting(*each) for each in record]
-
-
-def _by_cell(record: list[Any]) -> Any:
-    return {each.cell: each for each in _sightings(record)}
+def _count(shares: dict[str, Share], target: str, before: dict[str, Any], after: dict[str, Any]) -> None:
+    """Count one image, if the bare one shows the target."""
+    if before["object"][0] != target:
+        return
+    shares["ua"].count(after["object"][0] != target)
+    damaged = False
+    for factor in ("style", "background"):
+        (was, sure), (now, still_sure) = before[factor], after[factor]
+        shares[factor].count(now == was)
+        damaged |= sure >= CONFIDENT and (still_sure < CONFIDENT or now != was)
+    shares["damaged"].count(damaged)
 
 
 def main() -> None:
@@ -172,7 +207,7 @@ def main() -> None:
     figures = {
         "masks": choices.masks(args.images),
         "branches": choices.branches(args.images),
-        "removal": choices.removal(args.images),
+        "removal": choices.removal(),
     }
     args.out.write_text(json.dumps(figures, indent=1) + "\n")
     print(json.dumps({"masks": figures["masks"], "branches": {b: f["mean"] for b, f in figures["branches"].items()}}))

@@ -32,6 +32,7 @@ from diffusers_sae import SAESteeringPipeline, TopKSAE
 from diffusers_sae.context import Context
 from diffusers_sae.edits import make_edit
 from diffusers_sae.hooks import LoadedSAE, SAEProcessor
+from diffusers_sae.machine import half_precision_is_faster
 from diffusers_sae.prepared import prepare
 from diffusers_sae.sites import Site
 
@@ -121,20 +122,38 @@ def sd15_size(dtype: torch.dtype, device: str) -> Any:
     return SAESteeringPipeline.from_pipe(pipe)
 
 
+def sd15_call(dtype: torch.dtype, device: str, steps: int) -> dict[str, Any]:
+    """Arguments of one run of `sd15_size`: 64 x 64 latents, guidance on."""
+    return {
+        "prompt_embeds": torch.randn(1, 77, 768, dtype=dtype, device=device),
+        "negative_prompt_embeds": torch.randn(1, 77, 768, dtype=dtype, device=device),
+        "num_inference_steps": steps,
+        "guidance_scale": 7.5,
+        "height": 512,
+        "width": 512,
+    }
+
+
+def faster_dtype() -> torch.dtype:
+    """bfloat16, unless this CPU multiplies float32 as fast."""
+    return torch.bfloat16 if half_precision_is_faster("cpu") else torch.float32
+
+
+def machine() -> dict[str, Any]:
+    return {
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "cpu": platform.machine(),
+        "bfloat16_is_faster": half_precision_is_faster("cpu"),
+    }
+
+
 @torch.no_grad()
 def denoiser(dtype: torch.dtype, device: str, steps: int, rounds: int, compiled: bool = False) -> dict[str, Any]:
     """(b), (c): whole runs of the pipeline, guidance on, ten features steered in every mode of cost."""
     pipe = sd15_size(dtype, device)
     width = pipe.unet.get_submodule(SITE.removeprefix("unet.")).out_channels or WIDTH
-    call = {
-        "prompt_embeds": torch.randn(1, 77, 768, dtype=dtype, device=device),
-        "negative_prompt_embeds": torch.randn(1, 77, 768, dtype=dtype, device=device),
-        "num_inference_steps": steps,
-        "guidance_scale": 7.5,
-        "output_type": "latent",
-        "height": 512,
-        "width": 512,
-    }
+    call = sd15_call(dtype, device, steps)
     pipe.load_sae(TopKSAE(width, 20_480, K), site=SITE)
     if compiled:
         pipe.unet = torch.compile(pipe.unet, fullgraph=True)
@@ -143,7 +162,7 @@ def denoiser(dtype: torch.dtype, device: str, steps: int, rounds: int, compiled:
         pipe.reset_steering()
         if mode:
             pipe.steer(dict.fromkeys(range(10), 1.5), mode=mode)
-        pipe(generator=torch.Generator(device).manual_seed(0), **call)
+        pipe(generator=torch.Generator(device).manual_seed(0), output_type="latent", **call)
 
     times = interleaved({"bare": lambda: run(None), "add": lambda: run("add"), "scale": lambda: run("scale")}, rounds)
     return {
@@ -220,7 +239,7 @@ def main() -> None:
         child(args.child)
         return
     figures = json.loads(args.out.read_text()) if args.out.exists() else {}
-    figures["machine"] = {"threads": torch.get_num_threads(), "torch": torch.__version__, "cpu": platform.machine()}
+    figures["machine"] = machine()
     parts = args.parts.split(",")
     if "a" in parts:
         figures["hook"] = hooks(args.rounds)
@@ -228,7 +247,7 @@ def main() -> None:
         figures["from_disk"] = from_disk()
         print(json.dumps(figures["from_disk"]))
     if "b" in parts:
-        figures["denoiser"] = denoiser(torch.bfloat16, "cpu", args.steps, max(3, args.rounds // 4))
+        figures["denoiser"] = denoiser(faster_dtype(), "cpu", args.steps, max(3, args.rounds // 4))
         print(json.dumps(figures["denoiser"]))
     if "c" in parts and torch.cuda.is_available():
         figures["denoiser_gpu"] = [denoiser(torch.float16, "cuda", 20, args.rounds, c) for c in (False, True)]

@@ -9,6 +9,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from ..errors import InputError
+from ..machine import half_precision_is_faster
 from .base import SparseAutoencoder, SparseCode, register_architecture
 from .ops import topk_encode
 
@@ -37,7 +38,8 @@ class TopKSAE(SparseAutoencoder):
 
     def encode_sparse(self, x: torch.Tensor) -> SparseCode:
         rows = x.float().reshape(-1, self.d_in)
-        values, indices = topk_encode(rows, self.W_enc, self.b_enc, self.b_dec, self.k)
+        rough = self.training and half_precision_is_faster(x.device.type)  # what is applied is always exact
+        values, indices = topk_encode(rows, self.W_enc, self.b_enc, self.b_dec, self.k, rough=rough)
         return SparseCode(values.view(*x.shape[:-1], self.k), indices.view(*x.shape[:-1], self.k))
 
     def encode_only(self, x: torch.Tensor, features: torch.Tensor) -> torch.Tensor:

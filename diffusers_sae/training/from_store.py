@@ -13,7 +13,7 @@ from tqdm import tqdm
 from ..capture import ActivationStore
 from ..errors import InputError
 from ..saes import SparseAutoencoder
-from .trainer import SAETrainer, TrainingConfig
+from .trainer import SAETrainer, TrainingConfig, read_checkpoint, write_checkpoint
 
 SAMPLE = 2**16
 """Rows that centre and scale are taken from."""
@@ -60,7 +60,7 @@ def train_on_store(
             try:
                 figures = trainer.step(rows)
             except FloatingPointError:
-                trainer.save(checkpoint, **source)
+                write_checkpoint(checkpoint, {**source, "trainer": trainer.state_dict()})
                 raise
             step = trainer.step_count
             if step % log_every == 0 or step == config.steps:
@@ -68,7 +68,7 @@ def train_on_store(
                     log.write(json.dumps({"step": step, **figures}) + "\n")
                 bar.set_postfix({name: f"{value:.3f}" for name, value in figures.items()})
             if step % checkpoint_every == 0 or step == config.steps:
-                trainer.save(checkpoint, **source)
+                write_checkpoint(checkpoint, {**source, "trainer": trainer.state_dict()})
     return trainer.finish()
 
 
@@ -81,11 +81,12 @@ def _begun(
     seed: int,
 ) -> SAETrainer:
     """The trainer of the checkpoint, or a new one."""
-    if checkpoint.exists():
-        if SAETrainer.position(checkpoint) != source:
+    state = read_checkpoint(checkpoint)
+    if state is not None:
+        if {name: state.get(name) for name in source} != source:
             raise InputError(f"{checkpoint} is of another store or seed; delete it to begin anew.")
         trainer = SAETrainer(make_sae(store.width), config, None)
-        trainer.restore(checkpoint)
+        trainer.load_state_dict(state["trainer"])
         return trainer
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

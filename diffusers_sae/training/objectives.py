@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..saes import BatchTopKSAE, GatedSAE, JumpReLUSAE, MatryoshkaSAE, ReLUSAE, SparseAutoencoder, TopKSAE
+from ..saes.ops import largest_of_all, ragged_decode, sampled_linear, starts
 from .losses import fraction_of_variance_unexplained as fvu_of
 
 THRESHOLD_MEMORY = 0.99
@@ -50,45 +51,57 @@ def _fired(z: torch.Tensor) -> torch.Tensor:
     return (z.detach() > 0).any(0)
 
 
+def _fired_of(values: torch.Tensor, indices: torch.Tensor, n: int) -> torch.Tensor:
+    return torch.zeros(n, dtype=torch.bool, device=values.device).index_fill_(0, indices[values > 0], True)
+
+
 @objective.register
 def _topk(sae: TopKSAE, x: torch.Tensor, weights: torch.Tensor | None, *_: Any) -> Objective:
     code = sae.encode_sparse(x)
     x_hat = sae.decode_sparse(code)
     fvu = fvu_of(x, x_hat, weights)
-    fired = torch.zeros(sae.n_latents, dtype=torch.bool, device=x.device)
-    fired[code.indices[code.values > 0].unique()] = True
-    return Objective(fvu, x_hat, fvu, fired)
+    return Objective(fvu, x_hat, fvu, _fired_of(*code, sae.n_latents))
 
 
-def _batch_topk_codes(sae: BatchTopKSAE, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k N largest codes of the batch (equation 5), and what the threshold becomes by the least of them (7)."""
-    pre = sae.pre_activations(x).relu()
-    largest = pre.flatten().topk(sae.k * len(x), sorted=False)
-    z = torch.zeros_like(pre).flatten().scatter(0, largest.indices, largest.values).view_as(pre)
-    values = largest.values.detach()
+def _batch_topk_code(sae: BatchTopKSAE, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The k N largest codes of the batch (equation 5): values, indices and offsets, as in `saes.ops`."""
+    with torch.no_grad():
+        pre = sae.pre_activations(x)
+        values, indices, offsets = largest_of_all(pre, sae.k * len(x))
+        del pre
+    known = sampled_linear(x - sae.b_dec, sae.W_enc, sae.b_enc, indices, offsets, values)
+    return known.relu(), indices, offsets
+
+
+def _next_threshold(sae: BatchTopKSAE, values: torch.Tensor) -> torch.Tensor:
+    """What the threshold becomes by the least code of the batch (equation 7)."""
+    values = values.detach()
     least = torch.where(values > 0, values, torch.inf).min()
     least = torch.where(least.isinf(), sae.threshold, least)  # nothing is active
-    return z, torch.where(sae.threshold == 0, least, torch.lerp(least, sae.threshold, THRESHOLD_MEMORY))
+    return torch.where(sae.threshold == 0, least, torch.lerp(least, sae.threshold, THRESHOLD_MEMORY))
 
 
 @objective.register
 def _batch_topk(sae: BatchTopKSAE, x: torch.Tensor, weights: torch.Tensor | None, *_: Any) -> Objective:
-    z, threshold = _batch_topk_codes(sae, x)
-    x_hat = sae.decode(z)
+    values, indices, offsets = _batch_topk_code(sae, x)
+    x_hat = ragged_decode(values, indices, offsets, sae.W_dec) + sae.b_dec
     fvu = fvu_of(x, x_hat, weights)
-    return Objective(fvu, x_hat, fvu, _fired(z), threshold)
+    return Objective(fvu, x_hat, fvu, _fired_of(values, indices, sae.n_latents), _next_threshold(sae, values))
 
 
 @objective.register
 def _matryoshka(sae: MatryoshkaSAE, x: torch.Tensor, weights: torch.Tensor | None, *_: Any) -> Objective:
     """The mean FVU over prefixes of the latents (2503.17547, equation 4)."""
-    z, threshold = _batch_topk_codes(sae, x)
+    values, indices, offsets = _batch_topk_code(sae, x)
+    rows = torch.repeat_interleave(offsets.diff())
     x_hat, loss, start = sae.b_dec + torch.zeros_like(x), x.new_zeros(()), 0
-    for stop in sae.prefixes:
-        x_hat = x_hat + z[:, start:stop] @ sae.W_dec[start:stop]
+    sizes = [stop - start for start, stop in zip((0, *sae.prefixes), sae.prefixes, strict=False)]
+    for stop, directions in zip(sae.prefixes, sae.W_dec.split(sizes), strict=True):
+        here = (indices >= start) & (indices < stop)
+        x_hat = x_hat + ragged_decode(values[here], indices[here] - start, starts(rows[here], len(x)), directions)
         fvu = fvu_of(x, x_hat, weights)
         loss, start = loss + fvu / len(sae.prefixes), stop
-    return Objective(loss, x_hat, fvu, _fired(z), threshold)
+    return Objective(loss, x_hat, fvu, _fired_of(values, indices, sae.n_latents), _next_threshold(sae, values))
 
 
 @objective.register

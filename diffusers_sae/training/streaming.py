@@ -1,10 +1,10 @@
-"""Training SAEs for several sites in one pass over a generating pipeline; nothing is stored but checkpoints."""
+"""Training several SAEs, at one site or more, in one pass over a generating pipeline; only checkpoints are stored."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ..capture import ShuffleBuffer, StreamBatch, stream_activations
 from ..errors import InputError
 from ..saes import SparseAutoencoder
-from .trainer import SAETrainer, TrainingConfig
+from .trainer import SAETrainer, TrainingConfig, read_checkpoint, write_checkpoint
 
 FURTHER = 2**40
 """How far the seeds of further noises lie from those of the images."""
@@ -54,9 +54,24 @@ class StreamingConfig:
     seed: int = 0
 
 
+@dataclass(frozen=True)
+class StreamedSAE:
+    """One of the SAEs of a pass.
+
+    Args:
+        site: whose activations it learns.
+        make: function of the width that gives a new SAE, or a trained one to go on with.
+        training: arguments of `TrainingConfig` that are its own.
+    """
+
+    site: str
+    make: Callable[[int], SparseAutoencoder]
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+
 def train_on_stream(
     pipe: Any,
-    make_sae: Mapping[str, Callable[[int], SparseAutoencoder]],
+    saes: Mapping[str, StreamedSAE | Callable[[int], SparseAutoencoder]],
     prompts: Iterable[str],
     config: StreamingConfig,
     folder: Path,
@@ -65,44 +80,75 @@ def train_on_stream(
     trained: bool = False,
     **call: Any,
 ) -> dict[str, SparseAutoencoder]:
-    """Train one SAE for each site on the activations of `config.images` generated images.
+    """Train SAEs on the activations of `config.images` generated images, all of them in one pass.
+
+    SAEs of the same site share its shuffle buffer and see the same rows in the same order.
 
     Args:
-        make_sae: `{site: function of the width that gives a new SAE, or a trained one to go on with}`.
+        saes: `{name: SAE}`; for one SAE a site, `{site: function of the width that gives it}` will do.
         trained: whether the SAEs are trained already.
         prompts: at least `config.images` prompts.
-        folder: checkpoints and logs; a run that stopped goes on from there, with a buffer that fills anew.
-        training: arguments of `TrainingConfig` other than the numbers of steps and rows.
+        folder: the checkpoint, and the log of each SAE. A run that was stopped, by whatever means, goes on from the
+            checkpoint and, on the CPU with as many threads, ends with the bits of one that was not.
+        training: arguments of `TrainingConfig` other than the numbers of steps and rows, for all.
         call: goes to the pipeline (`num_inference_steps`, `guidance_scale`, ...).
     """
     folder.mkdir(parents=True, exist_ok=True)
-    runs = {
-        site: _SiteRun(site, make, config, folder, dict(training or {}), trained) for site, make in make_sae.items()
-    }
-    positions = {run.saved_position() for run in runs.values()}
-    if len(positions) > 1:
-        raise InputError(
-            f"The checkpoints in {folder} are of different images {sorted(positions)}; delete them to begin anew."
-        )
-    (first,) = positions
+    runs: dict[str, dict[str, _Run]] = {}  # by site and name
+    for name, sae in saes.items():
+        asked = sae if isinstance(sae, StreamedSAE) else StreamedSAE(name, sae)
+        own = {**(training or {}), **asked.training}
+        runs.setdefault(asked.site, {})[name] = _Run(folder / f"{name}.jsonl", asked.make, own, trained)
+    sites = {site: _Site(each, config) for site, each in runs.items()}
+    checkpoint = folder / "checkpoint.pt"
+    first = _restore(checkpoint, sites, config)
     stream = stream_activations(
-        pipe, list(make_sae), prompts, batch_size=config.batch_size, seed=config.seed, skip=first, **call
+        pipe, list(sites), prompts, batch_size=config.batch_size, seed=config.seed, skip=first, **call
     )
     with tqdm(total=config.images, initial=first, desc="images", mininterval=5) as bar:
         for batch in stream:
             done = batch.first_image + len(batch.prompts)
             further = _first_steps(pipe, batch, config, call) if config.first_steps else None
-            for run in runs.values():
-                rows, _ = batch.rows(run.site, config.branch)  # (T, images, P, d)
-                run.feed(rows, further.rows(run.site, config.branch)[0] if further else rows[:0])
+            for path, site in sites.items():
+                rows, _ = batch.rows(path, config.branch)  # (T, images, P, d)
+                site.feed(rows, further.rows(path, config.branch)[0] if further else rows[:0])
             bar.update(len(batch.prompts))
-            bar.set_postfix({site: f"{run.figures.get('fvu', 0):.3f}" for site, run in runs.items()})
+            figures = {name: run.figures.get("fvu", 0) for each in runs.values() for name, run in each.items()}
+            bar.set_postfix({name: f"{fvu:.3f}" for name, fvu in figures.items()})
             if done // config.checkpoint_every > batch.first_image // config.checkpoint_every:
-                for run in runs.values():
-                    run.save(done)
+                write_checkpoint(checkpoint, _state(sites, config, done))
+                for each in runs.values():
+                    for run in each.values():
+                        run.log(done)
             if done >= config.images:
                 break
-    return {site: run.finished() for site, run in runs.items()}
+    return {name: runs[site][name].finished() for site in runs for name in runs[site]}
+
+
+def _state(sites: Mapping[str, _Site], config: StreamingConfig, images: int) -> dict[str, Any]:
+    return {
+        "config": asdict(config),
+        "images": images,
+        "sites": {path: site.state_dict() for path, site in sites.items()},
+    }
+
+
+def _restore(checkpoint: Path, sites: Mapping[str, _Site], config: StreamingConfig) -> int:
+    """Go on from the checkpoint, if there is one; returns how many images it has seen."""
+    state = read_checkpoint(checkpoint)
+    if state is None:
+        return 0
+    if state["config"] != asdict(config):
+        raise InputError(
+            f"{checkpoint} was made with {state['config']}, not {asdict(config)}; delete it to begin anew."
+        )
+    asked = {path: sorted(site.runs) for path, site in sites.items()}
+    saved = {path: sorted(site["saes"]) for path, site in state["sites"].items()}
+    if asked != saved:
+        raise InputError(f"{checkpoint} is of the SAEs {saved}, not {asked}; delete it to begin anew.")
+    for path, site in sites.items():
+        site.load_state_dict(state["sites"][path])
+    return state["images"]
 
 
 def _first_steps(pipe: Any, batch: StreamBatch, config: StreamingConfig, call: Mapping[str, Any]) -> StreamBatch:
@@ -122,28 +168,74 @@ def timestep_weights(rows: torch.Tensor) -> torch.Tensor:
     return weights[:, None, None, None].expand_as(rows[..., :1])
 
 
-class _SiteRun:
-    """One site's buffer, trainer and checkpoint."""
+class _Run:
+    """One SAE: its trainer and its log."""
 
     def __init__(
-        self,
-        site: str,
-        make: Callable[[int], SparseAutoencoder],
-        config: StreamingConfig,
-        folder: Path,
-        training: dict[str, Any],
-        trained: bool,
+        self, log: Path, make: Callable[[int], SparseAutoencoder], training: Mapping[str, Any], trained: bool
     ) -> None:
-        self.site, self._make, self._config, self._training, self._trained = site, make, config, training, trained
-        self._hardness: torch.Tensor | None = None
-        self._checkpoint, self._log = folder / f"{site}.pt", folder / f"{site}.jsonl"
+        self._log, self._make, self._training, self._trained = log, make, training, trained
         self.trainer: SAETrainer | None = None
         self.figures: dict[str, float] = {}
+
+    def begin(self, sample: torch.Tensor, steps: int, rows: int) -> None:
+        """Make the trainer, with the centre and the scale of `sample (N, d)`."""
+        settings = TrainingConfig(steps=steps, batch_size=rows, **self._training)
+        self.trainer = SAETrainer(self._make(sample.shape[1]), settings, sample, trained=self._trained)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Make the trainer as it was saved."""
+        told = state["config"]
+        wanted = asdict(TrainingConfig(steps=told["steps"], batch_size=told["batch_size"], **self._training))
+        if told != wanted:
+            raise InputError(f"The checkpoint was made with {told}, not {wanted}; delete it to begin anew.")
+        self.trainer = SAETrainer.from_state(state, self._make)
+
+    @torch.no_grad()
+    def hardness(self, rows: torch.Tensor) -> torch.Tensor:
+        """FVU at each timestep, `(T,)`, of a quarter of the rows `(T, images, P, d)`."""
+        assert self.trainer is not None
+        sae, x = self.trainer.sae, rows.flatten(1, 2)[:, ::4] * self.trainer.scale
+        lost = torch.stack([(step - sae(step)).square().sum() for step in x])
+        return lost / (x - x.mean(1, keepdim=True)).square().sum((1, 2))
+
+    def finished(self) -> SparseAutoencoder:
+        assert self.trainer is not None
+        return self.trainer.finish()
+
+    def log(self, images: int) -> None:
+        with self._log.open("a") as log:
+            log.write(json.dumps({"images": images, **self.figures}) + "\n")
+
+
+class _Site:
+    """One site's shuffle buffer and the SAEs that learn from it."""
+
+    def __init__(self, runs: Mapping[str, _Run], config: StreamingConfig) -> None:
+        self.runs, self._config = dict(runs), config
+        self._buffer: ShuffleBuffer | None = None
+        self._generator = torch.Generator().manual_seed(config.seed)
+        self._hardness: torch.Tensor | None = None
         self._owed = 0.0
 
-    def saved_position(self) -> int:
-        """Images that the checkpoint had seen; 0 if there is none."""
-        return SAETrainer.position(self._checkpoint)["images"] if self._checkpoint.exists() else 0
+    def state_dict(self) -> dict[str, Any]:
+        """All that the following batches depend on."""
+        assert self._buffer is not None
+        return {
+            "rows": self._buffer.rows.clone(),  # no more of the buffer than is filled
+            "generator": self._generator.get_state(),
+            "hardness": self._hardness,
+            "owed": self._owed,
+            "saes": {name: run.trainer.state_dict() for name, run in self.runs.items() if run.trainer},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._buffer = ShuffleBuffer(self._config.buffer, state["rows"].shape[1], self._generator)
+        self._buffer.add(state["rows"])
+        self._generator.set_state(state["generator"])
+        self._hardness, self._owed = state["hardness"], state["owed"]
+        for name, run in self.runs.items():
+            run.restore(state["saes"][name])
 
     def feed(self, rows: torch.Tensor, further: torch.Tensor) -> None:
         """Take one batch of rows `(T, images, P, d)` in and make the steps that are due for it.
@@ -151,14 +243,12 @@ class _SiteRun:
         `further (1, noises, P, d)` are more of the first timestep, whose weight all of them share; `(0, ...)` if none.
         """
         config, count = self._config, rows[..., 0].numel() + further[..., 0].numel()
-        if self.trainer is None:
-            self._buffer = ShuffleBuffer(config.buffer, rows.shape[-1] + 1)
+        if self._buffer is None:
+            self._buffer = ShuffleBuffer(config.buffer, rows.shape[-1] + 1, self._generator)
             total = config.images * count / rows.shape[1] * config.reuse / config.rows
-            settings = TrainingConfig(steps=int(total), batch_size=config.rows, **self._training)
             sample = rows.flatten(0, 2)[:: max(1, rows[..., 0].numel() // config.buffer)]
-            self.trainer = SAETrainer(self._make(rows.shape[-1]), settings, sample, trained=self._trained)
-            if self._checkpoint.exists():
-                self.trainer.restore(self._checkpoint)
+            for run in self.runs.values():
+                run.begin(sample, int(total), config.rows)
         weights = timestep_weights(rows) if config.balance else torch.ones_like(rows[..., :1])
         if config.emphasis:
             weights = weights * self._emphasis(rows)[:, None, None, None]
@@ -166,29 +256,19 @@ class _SiteRun:
         self._buffer.add(torch.cat([rows, torch.cat([shared, weights[1:]])], -1))
         self._buffer.add(torch.cat([further, shared[: len(further), :1, :, :].expand_as(further[..., :1])], -1))
         self._owed += count * config.reuse / config.rows
-        while self._owed >= 1 and self.trainer.step_count < self.trainer.config.steps:
+        while self._owed >= 1 and self._steps_left():
             sample = self._buffer.sample(config.rows)
-            self.figures = self.trainer.step(sample[:, :-1], sample[:, -1])
+            for run in self.runs.values():
+                assert run.trainer is not None
+                run.figures = run.trainer.step(sample[:, :-1], sample[:, -1])
             self._owed -= 1
 
-    @torch.no_grad()
+    def _steps_left(self) -> bool:
+        trainer = next(iter(self.runs.values())).trainer
+        return trainer is not None and trainer.step_count < trainer.config.steps
+
     def _emphasis(self, rows: torch.Tensor) -> torch.Tensor:
-        """How much each timestep counts, `(T,)`, by its FVU over the last batches or so."""
-        assert self.trainer is not None
-        sae, x = self.trainer.sae, rows.flatten(1, 2)[:, ::4] * self.trainer.scale
-        lost = torch.stack([(step - sae(step)).square().sum() for step in x])
-        fvu = lost / (x - x.mean(1, keepdim=True)).square().sum((1, 2))
+        """How much each timestep counts, `(T,)`, by the mean FVU of the site's SAEs over the last batches or so."""
+        fvu = torch.stack([run.hardness(rows) for run in self.runs.values()]).mean(0)
         self._hardness = fvu if self._hardness is None else torch.lerp(self._hardness, fvu, 0.1)
         return (self._hardness / self._hardness.mean()) ** self._config.emphasis
-
-    def finished(self) -> SparseAutoencoder:
-        """The trained SAE; the checkpoint's, if that had seen all images."""
-        if self.trainer is None:
-            self.trainer = SAETrainer.from_checkpoint(self._checkpoint, self._make)
-        return self.trainer.finish()
-
-    def save(self, images: int) -> None:
-        assert self.trainer is not None
-        self.trainer.save(self._checkpoint, images=images)
-        with self._log.open("a") as log:
-            log.write(json.dumps({"images": images, **self.figures}) + "\n")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 import torch
 
 from ..errors import InputError
+from ..machine import keep_freed_memory
 from ..saes import SparseAutoencoder
 from .losses import aux_k_loss
 from .objectives import objective
@@ -70,8 +73,9 @@ class SAETrainer:
     ) -> None:
         """A trainer of a new SAE, or of one that is `trained` and keeps its weights.
 
-        `sample (N, d)`: rows that centre and scale are taken from; none are needed if `restore` follows.
+        `sample (N, d)`: rows that centre and scale are taken from; none are needed if `load_state_dict` follows.
         """
+        keep_freed_memory()  # gradients are as large as the weights and come anew each step
         self.sae, self.config = sae, config
         self.scale = 1.0 if sample is None else self._centre_and_scale(sample, trained)
         self.optimizer = torch.optim.Adam(sae.parameters(), lr=config.lr, betas=(0.9, 0.999), fused=True)
@@ -117,9 +121,9 @@ class SAETrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr * self.rate()
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=False)
+        self.optimizer.zero_grad()
         with torch.no_grad():
-            sae.W_dec.div_(sae.W_dec.norm(dim=-1, keepdim=True))
+            sae.W_dec.div_(torch.linalg.vector_norm(sae.W_dec, dim=-1, keepdim=True))
             if found.threshold is not None:
                 sae.threshold.copy_(found.threshold)
         self.rows_since_fired += len(x)
@@ -132,51 +136,63 @@ class SAETrainer:
         self.sae.scale_input_(1 / self.scale)
         return self.sae.eval()
 
-    def save(self, path: Path, **position: Any) -> None:
-        """Write a checkpoint; `position` says where in the stream it was made."""
-        state = {
+    def state_dict(self) -> dict[str, Any]:
+        """All that the following steps depend on."""
+        return {
             "sae": self.sae.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scale": self.scale,
             "step_count": self.step_count,
             "rows_since_fired": self.rows_since_fired,
             "config": asdict(self.config),
-            "position": position,
         }
-        partial = path.with_suffix(".part")
-        torch.save(state, partial)
-        partial.rename(path)
 
-    @classmethod
-    def from_checkpoint(cls, path: Path, make_sae: Callable[[int], SparseAutoencoder]) -> SAETrainer:
-        """A trainer as it was saved; `make_sae` gives a new SAE of a width."""
-        state = torch.load(path, weights_only=True, mmap=True)
-        trainer = cls(make_sae(state["sae"]["b_dec"].numel()), TrainingConfig(**state["config"]), None)
-        trainer.restore(path)
-        return trainer
-
-    @staticmethod
-    def position(path: Path) -> dict[str, Any]:
-        """Where in the stream a checkpoint was made."""
-        return torch.load(path, weights_only=True, mmap=True)["position"]
-
-    def restore(self, path: Path) -> dict[str, Any]:
-        """Go on from a checkpoint; returns its position. Raises `InputError` if it is of another configuration."""
-        state = torch.load(path, weights_only=True)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state; raises `InputError` if it is of another configuration."""
         if state["config"] != asdict(self.config):
             raise InputError(
-                f"{path} was made with {state['config']}, not {asdict(self.config)}; delete it to begin anew."
+                f"The checkpoint was made with {state['config']}, not {asdict(self.config)}; delete it to begin anew."
             )
         self.sae.load_state_dict(state["sae"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scale, self.step_count = state["scale"], state["step_count"]
         self.rows_since_fired = state["rows_since_fired"]
-        return state["position"]
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any], make_sae: Callable[[int], SparseAutoencoder]) -> SAETrainer:
+        """A trainer in that state; `make_sae` gives a new SAE of a width."""
+        trainer = cls(make_sae(state["sae"]["b_dec"].numel()), TrainingConfig(**state["config"]), None)
+        trainer.load_state_dict(state)
+        return trainer
 
 
+def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint whole, or not at all."""
+    partial = path.with_suffix(".part")
+    with partial.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any] | None:
+    """What was written last, if anything was; raises `InputError` if it cannot be read."""
+    if not path.exists():
+        return None
+    try:
+        return torch.load(path, weights_only=True)
+    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError):  # whose words advise to run the pickle
+        raise InputError(f"{path} cannot be read as a checkpoint; delete it to begin anew.") from None
+
+
+@torch.no_grad()
 def remove_parallel_gradient(sae: SparseAutoencoder) -> None:
     """Take from each decoder row's gradient the part along the row, so that a step turns it and does not stretch it."""
-    directions = torch.nn.functional.normalize(sae.W_dec.detach(), dim=-1)
-    grad = sae.W_dec.grad
+    rows, grad = sae.W_dec, sae.W_dec.grad
     if grad is not None:
-        grad -= (grad * directions).sum(-1, keepdim=True) * directions
+        along = (
+            torch.bmm(grad[:, None, :], rows[:, :, None])[:, :, 0]
+            / torch.linalg.vector_norm(rows, dim=-1, keepdim=True) ** 2
+        )
+        grad.addcmul_(rows, along, value=-1)

@@ -5,10 +5,8 @@ weights and draws a sheet of samples now and then. The same script runs on a CPU
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import math
-import platform
 import random
 import time
 from collections.abc import Callable
@@ -19,6 +17,8 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch import nn
 from tqdm import tqdm
+
+from diffusers_sae.machine import half_precision_is_faster, keep_freed_memory
 
 Losses = dict[str, torch.Tensor]
 """Named scalars; `loss` is the one to minimise."""
@@ -35,29 +35,9 @@ def arguments(description: str | None, *, steps: int, batch: int, lr: float) -> 
     return parser
 
 
-def keep_freed_memory() -> None:
-    """Tell glibc not to give large blocks back to the system: touching them anew each step costs about 10 %."""
-    if platform.libc_ver()[0] == "glibc":
-        m_trim_threshold, m_mmap_threshold = -1, -3
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(m_mmap_threshold, 1 << 30)
-        libc.mallopt(m_trim_threshold, 2**31 - 1)
-
-
 def autocast(device: str) -> torch.autocast:
     """bf16 where the machine multiplies it faster than fp32, which few processors do; measured, not guessed."""
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=_bf16_is_faster(device))
-
-
-def _bf16_is_faster(device: str) -> bool:
-    def seconds(dtype: torch.dtype) -> float:
-        a = torch.ones(512, 512, dtype=dtype)
-        a @ a
-        start = time.perf_counter()
-        a @ a
-        return time.perf_counter() - start
-
-    return device != "cpu" or 2 * seconds(torch.bfloat16) < seconds(torch.float32)
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=half_precision_is_faster(device))
 
 
 def schedule(step: int, steps: int, warmup: int = 200, decay: float = 0.3) -> float:

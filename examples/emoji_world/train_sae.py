@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from loop import keep_freed_memory
 from tqdm import tqdm
 
 from diffusers_sae import TopKSAE
@@ -101,7 +100,6 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--reuse", type=float, default=2.0)
     args = parser.parse_args()
-    keep_freed_memory()
     torch.manual_seed(0)
     pipe = load_pipeline(args.world / "emoji-sd")
     sizes = dict(zip(SITES, args.latents, strict=True))

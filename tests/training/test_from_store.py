@@ -69,12 +69,12 @@ def test_a_stop_while_a_checkpoint_is_written_leaves_the_last_one(stored, tmp_pa
     expected = trained(stored, tmp_path / "whole").state_dict()
     save, saved = torch.save, []
 
-    def half(state, path):
-        saved.append(path)
+    def half(state, file):
+        saved.append(file)
         if len(saved) == 3:
-            path.write_bytes(b"half")
+            file.write(b"half")
             raise Stop
-        save(state, path)
+        save(state, file)
 
     monkeypatch.setattr(trainer.torch, "save", half)
     with pytest.raises(Stop):
@@ -108,6 +108,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_state(stored, tmp_pa
     with pytest.raises(FloatingPointError, match="loss is nan at step 7; lower the rate"):
         trained(stored, tmp_path, ("BatchTopKSAE", {"k": 4}))
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    state = state["trainer"]
     assert state["step_count"] == 7 and all(tensor.isfinite().all() for tensor in state["sae"].values())
 
 

@@ -10,9 +10,10 @@ from conftest import SITE, Harness
 
 from diffusers_sae import InputError, TopKSAE
 from diffusers_sae.capture import stream_activations
-from diffusers_sae.training import SAETrainer, StreamingConfig, TrainingConfig, train_on_stream
+from diffusers_sae.saes import ReLUSAE
+from diffusers_sae.training import SAETrainer, StreamedSAE, StreamingConfig, TrainingConfig, train_on_stream
 from diffusers_sae.training.losses import fraction_of_variance_unexplained
-from diffusers_sae.training.streaming import _first_steps, _SiteRun, timestep_weights
+from diffusers_sae.training.streaming import _first_steps, _Run, _Site, timestep_weights
 
 CALL = {"num_inference_steps": 3, "guidance_scale": 5.0, "height": 16, "width": 16}
 SITES = (SITE, "unet.mid_block")
@@ -27,6 +28,10 @@ def run(folder, words=None, config=CONFIG):
     torch.manual_seed(0)
     makers = {site: lambda d: TopKSAE(d, 32, 4) for site in SITES}
     return train_on_stream(Harness().pipe, makers, words or prompts(), config, folder, training={"lr": 3e-3}, **CALL)
+
+
+def saved(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
 
 
 def test_a_run_that_is_done_gives_its_saes_again(tmp_path):
@@ -51,7 +56,7 @@ def test_every_site_gets_an_sae_that_has_learned(tmp_path):
         log = [json.loads(line) for line in (tmp_path / f"{site}.jsonl").read_text().splitlines()]
         assert [entry["images"] for entry in log] == [8, 16, 24]
         assert log[-1]["fvu"] < 0.9 * log[0]["fvu"]
-        state = torch.load(tmp_path / f"{site}.pt", weights_only=True)
+        state = saved(tmp_path)["sites"][site]["saes"][site]
         rows = 24 * 3 * (64 if site == SITE else 16)
         assert state["step_count"] == state["config"]["steps"] == int(rows * 8 / 128)
 
@@ -100,14 +105,15 @@ def test_further_first_steps_share_the_weight_of_their_timestep(tmp_path):
     rows, more = torch.randn(3, 4, 16, 8) * torch.tensor([3.0, 1.0, 0.5])[:, None, None, None], torch.randn(1, 8, 16, 8)
     weights = {}
     for further in (rows[:0], more):
-        site = _SiteRun(SITE, lambda d: TopKSAE(d, 32, 4), CONFIG, tmp_path, {}, False)
+        one = _Run(tmp_path / "log.jsonl", lambda d: TopKSAE(d, 32, 4), {}, False)
+        site = _Site({SITE: one}, CONFIG)
         site.feed(rows, further)
         x, weight = site._buffer.rows[:, :-1], site._buffer.rows[:, -1]
         first = torch.cat([rows[0].flatten(0, 1), further.flatten(0, 2)])
         mine = (x[:, None] == first).all(-1).any(1)
         assert mine.sum() == len(first) and len(x) == rows[..., 0].numel() + further[..., 0].numel()
         weights[len(further)] = weight[mine].sum().item(), weight[~mine].sum().item()
-        assert site.trainer.step_count == int(len(x) * CONFIG.reuse / CONFIG.rows)
+        assert one.trainer.step_count == int(len(x) * CONFIG.reuse / CONFIG.rows)
     assert weights[0] == pytest.approx(weights[1])
 
 
@@ -118,23 +124,81 @@ def test_a_trained_sae_without_steps_is_what_it_was(tmp_path):
     torch.testing.assert_close(trainer.finish()(x), sae(x), atol=1e-5, rtol=1e-4)
 
 
-def test_a_stopped_run_goes_on(tmp_path):
-    def interrupted():
-        for i, prompt in enumerate(prompts()):
-            if i == 18:
-                raise KeyboardInterrupt
-            yield prompt
+class Stop(BaseException):
+    """As sudden as a kill."""
 
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, interrupted())
-    assert torch.load(tmp_path / f"{SITE}.pt", weights_only=True)["position"] == {"images": 16}
+
+@pytest.mark.parametrize("config", [CONFIG, replace(CONFIG, emphasis=2.0, first_steps=2, buffer=300)])
+def test_a_run_that_is_stopped_ends_with_the_same_bits(tmp_path, monkeypatch, config):
+    step, left = SAETrainer.step, [0]
+
+    def stopping(self, *args):
+        left[0] -= 1
+        if left[0] == 0:
+            raise Stop
+        return step(self, *args)
+
+    monkeypatch.setattr(SAETrainer, "step", stopping)
+    expected = run(tmp_path / "whole", config=config)
+    steps, reached = -left[0], []
+    for moment in (3, steps * 45 // 100, steps // 2):  # before the first checkpoint, and between others
+        left[:] = [moment]
+        torch.manual_seed(moment)  # what else is drawn must not matter
+        with pytest.raises(Stop):
+            run(tmp_path / "stopped", config=config)
+        there = (tmp_path / "stopped" / "checkpoint.pt").exists()
+        reached.append(saved(tmp_path / "stopped")["images"] if there else 0)
+    assert reached == sorted(set(reached)) and reached[0] == 0 and reached[-1] < 24, reached
+    left[:] = [-1]
+    found = run(tmp_path / "stopped", config=config)
+    for site in SITES:
+        for a, b in zip(found[site].parameters(), expected[site].parameters(), strict=True):
+            assert torch.equal(a, b)
+        log = (tmp_path / "whole" / f"{site}.jsonl").read_text()
+        assert (tmp_path / "stopped" / f"{site}.jsonl").read_text() == log
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     run(tmp_path)
-    state = torch.load(tmp_path / f"{SITE}.pt", weights_only=True)
-    assert state["position"] == {"images": 24} and state["step_count"] == state["config"]["steps"]
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    with pytest.raises(InputError, match="was made with .* delete it to begin anew"):
+        run(tmp_path, config=replace(CONFIG, rows=64))
+    one = {SITE: lambda d: TopKSAE(d, 32, 4)}
+    with pytest.raises(InputError, match="is of the SAEs .* delete it to begin anew"):
+        train_on_stream(Harness().pipe, one, prompts(), CONFIG, tmp_path, training={"lr": 3e-3}, **CALL)
+    both = {site: lambda d: TopKSAE(d, 32, 4) for site in SITES}
+    with pytest.raises(InputError, match="was made with .* delete it to begin anew"):
+        train_on_stream(Harness().pipe, both, prompts(), CONFIG, tmp_path, training={"lr": 1e-3}, **CALL)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
-def test_checkpoints_that_do_not_belong_together_are_refused(tmp_path):
-    run(tmp_path)
-    (tmp_path / f"{SITE}.pt").unlink()
-    with pytest.raises(InputError, match="are of different images"):
-        run(tmp_path)
+def test_several_saes_of_a_site_are_what_each_would_be_alone(tmp_path):
+    """A sweep in one generation pass: same rows, same order, so the same bits as in a pass of its own."""
+
+    def make(cls, seed, *arguments):
+        def new(d):
+            torch.manual_seed(seed)
+            return cls(d, 32, *arguments)
+
+        return new
+
+    asked = {
+        "k 4": StreamedSAE(SITE, make(TopKSAE, 1, 4)),
+        "k 8": StreamedSAE(SITE, make(TopKSAE, 2, 8), {"lr": 1e-3}),
+        "relu": StreamedSAE(SITE, make(ReLUSAE, 3), {"sparsity": 0.3}),
+    }
+
+    def trained(names, folder):
+        saes = {name: asked[name] for name in names}
+        return train_on_stream(Harness().pipe, saes, prompts(), CONFIG, folder, training={"lr": 3e-3}, **CALL)
+
+    together = trained(asked, tmp_path / "all")
+    assert list(together) == list(asked) and together["k 8"].k == 8
+    assert json.loads((tmp_path / "all" / "relu.jsonl").read_text().splitlines()[-1])["images"] == 24
+    states = saved(tmp_path / "all")["sites"][SITE]["saes"]
+    rates = {name: state["config"]["lr"] for name, state in states.items()}
+    assert rates == {"k 4": 3e-3, "k 8": 1e-3, "relu": 3e-3}
+    for name in asked:
+        alone = trained([name], tmp_path / name)[name]
+        for a, b in zip(together[name].parameters(), alone.parameters(), strict=True):
+            assert torch.equal(a, b), name

@@ -4,10 +4,15 @@ import pytest
 import torch
 from conftest import random_sae
 
-from diffusers_sae import TopKSAE
+from diffusers_sae import InputError, TopKSAE
 from diffusers_sae.training import SAETrainer, TrainingConfig
 from diffusers_sae.training.losses import aux_k_loss, fraction_of_variance_unexplained
-from diffusers_sae.training.trainer import geometric_median, remove_parallel_gradient
+from diffusers_sae.training.trainer import (
+    geometric_median,
+    read_checkpoint,
+    remove_parallel_gradient,
+    write_checkpoint,
+)
 
 
 def sparse_data(n, d=32, features=48, active=3, seed=0):
@@ -114,9 +119,9 @@ def test_resumed_training_equals_uninterrupted(tmp_path):
         trainer, data = trainer_for(sae, steps=40)
         for i in range(40):
             if interrupt and i == 17:
-                trainer.save(tmp_path / "checkpoint.pt", images=5)
+                write_checkpoint(tmp_path / "checkpoint.pt", trainer.state_dict())
                 trainer, _ = trainer_for(TopKSAE(32, 64, 3), steps=40)
-                assert trainer.restore(tmp_path / "checkpoint.pt") == {"images": 5}
+                trainer.load_state_dict(read_checkpoint(tmp_path / "checkpoint.pt"))
             trainer.step(data[i * 64 : (i + 1) * 64])
         return trainer.finish()
 
@@ -124,7 +129,7 @@ def test_resumed_training_equals_uninterrupted(tmp_path):
         assert torch.equal(a, b)
     other, _ = trainer_for(TopKSAE(32, 64, 3), steps=41)
     with pytest.raises(ValueError, match="delete it to begin anew"):
-        other.restore(tmp_path / "checkpoint.pt")
+        other.load_state_dict(read_checkpoint(tmp_path / "checkpoint.pt"))
 
 
 def test_a_loss_that_is_not_finite_stops_the_training():
@@ -132,3 +137,13 @@ def test_a_loss_that_is_not_finite_stops_the_training():
     trainer, data = trainer_for(sae)
     with pytest.raises(FloatingPointError, match="at step 0; lower the rate"):
         trainer.step(data[:10] * float("nan"))
+
+
+def test_a_checkpoint_that_cannot_be_read_is_refused(tmp_path):
+    assert read_checkpoint(tmp_path / "checkpoint.pt") is None
+    write_checkpoint(tmp_path / "checkpoint.pt", {"a": torch.zeros(1000)})
+    whole = (tmp_path / "checkpoint.pt").read_bytes()
+    for damaged in (whole[:2000], b"", b"no checkpoint", b"cos\nsystem\n(S'touch /tmp/never'\ntR."):
+        (tmp_path / "checkpoint.pt").write_bytes(damaged)
+        with pytest.raises(InputError, match="cannot be read as a checkpoint; delete it to begin anew"):
+            read_checkpoint(tmp_path / "checkpoint.pt")

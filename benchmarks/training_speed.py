@@ -1,0 +1,155 @@
+"""Rows a second of TopK training, ours beside the peers': `peers/bin/python benchmarks/training_speed.py`.
+
+`peers.py` says how the environment is made. Writes `benchmarks/results/training_speed.json`: medians of single steps
+that take turns, the floor (the encoder's product alone), the peak memory of each side in a process of its own, and
+the FVU on rows held out after equal rows, at each side's best of three rates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peers import SIDES, Task
+from tqdm import tqdm
+
+from diffusers_sae.evaluation.known_features import KnownFeatures
+from diffusers_sae.machine import half_precision_is_faster
+
+RATES = (1.0, 3.0, 10.0)
+
+
+def data(task: Task) -> KnownFeatures:
+    """Rows with about as many features as there are latents and active ones as there are of those."""
+    return KnownFeatures(task.d, task.n_latents // 2, active=task.k * 3 // 4, noise=0.02)
+
+
+def floor(task: Task) -> Callable[[], Any]:
+    """The encoder's product, in the precision that this machine multiplies fastest."""
+    dtype = torch.bfloat16 if half_precision_is_faster("cpu") else torch.float32
+    x, weight = torch.randn(task.rows, task.d, dtype=dtype), torch.randn(task.n_latents, task.d, dtype=dtype)
+    out = torch.empty(task.rows, task.n_latents, dtype=dtype)
+    return lambda: torch.mm(x, weight.T, out=out)
+
+
+def speed(task: Task, rounds: int) -> dict[str, Any]:
+    """Median seconds of a step of each side, which take turns."""
+    made = data(task)
+    sample = made.rows(4096)
+    sides = {}
+    for name, side in SIDES.items():
+        torch.manual_seed(0)
+        sides[name] = side(task, sample)
+    times: dict[str, list[float]] = {name: [] for name in (*sides, "floor")}
+    product = floor(task)
+    for i in tqdm(range(rounds + 2), desc="rounds"):
+        rows = made.rows(task.rows)
+        for name in times:
+            start = time.perf_counter()
+            sides[name].step(rows) if name in sides else product()
+            if i > 1:
+                times[name].append(time.perf_counter() - start)
+    seconds = {name: statistics.median(each) for name, each in times.items()}
+    fastest = min((name for name in SIDES if name != "diffusers_sae"), key=lambda name: seconds[name])
+    return {
+        "seconds_a_step": seconds,
+        "rows_a_second": {name: task.rows / each for name, each in seconds.items()},
+        "fastest_peer": fastest,
+        "ours_over_fastest_peer": seconds[fastest] / seconds["diffusers_sae"],
+        "share_of_the_floor": seconds["floor"] / seconds["diffusers_sae"],
+    }
+
+
+def memory(task: Task) -> dict[str, float]:
+    """Peak resident bytes of each side over three steps, less what the process held before it was made."""
+    found = {}
+    for name in SIDES:
+        command = [sys.executable, __file__, "--child", name, "--task", json.dumps(asdict(task))]
+        told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        found[name] = float(told.splitlines()[-1])
+    return found
+
+
+def child(name: str, task: Task) -> None:
+    made = data(task)
+    sample, batches = made.rows(4096), [made.rows(task.rows) for _ in range(3)]
+    SIDES[name](replace(task, d=8, n_latents=64, k=4), sample[:, :8]).step(batches[0][:, :8])  # imports and threads
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = _resident("VmRSS")
+    side = SIDES[name](task, sample)
+    for rows in batches:
+        side.step(rows)
+    print(_resident("VmHWM") - before)
+
+
+def _resident(kind: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(kind + ":")))
+
+
+def quality(task: Task, out: dict[str, Any]) -> None:
+    """FVU on rows held out after the task's steps, at each of the rates; `out` is filled as they end."""
+    for name, side in SIDES.items():
+        out[name] = {}
+        for rate in RATES:
+            made = data(task)
+            sample, held_out = made.rows(4096), made.rows(8192)
+            torch.manual_seed(0)
+            one = side(replace(task, rate=rate), sample)
+            for _ in tqdm(range(task.steps), desc=f"{name} {rate}"):
+                one.step(made.rows(task.rows))
+            with torch.no_grad():
+                error = (one.reconstruct(held_out) - held_out).square().sum()
+            out[name][str(rate)] = {
+                "fvu": float(error / (held_out - held_out.mean(0)).square().sum()),
+                "recovered": made.recovered(one.directions()),
+            }
+            print(name, rate, out[name][str(rate)], flush=True)
+        out[name]["best"] = min(each["fvu"] for each in out[name].values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--parts", default="speed,memory,quality")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/training_speed.json"))
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--task", type=json.loads, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        child(args.child, Task(**args.task))
+        return
+    figures = json.loads(args.out.read_text()) if args.out.exists() else {}
+    task = Task(d=1280, n_latents=20_480, k=32, rows=2048, steps=args.rounds + 2)
+    parts = args.parts.split(",")
+    figures["machine"] = {
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "bfloat16_is_faster": half_precision_is_faster("cpu"),
+    }
+    figures["task"] = asdict(task)
+    if "speed" in parts:
+        figures["speed"] = speed(task, args.rounds)
+        print(json.dumps(figures["speed"], indent=1))
+    if "memory" in parts:
+        figures["peak_bytes"] = memory(task)
+        print(json.dumps(figures["peak_bytes"]))
+    args.out.write_text(json.dumps(figures, indent=1) + "\n")
+    if "quality" in parts:
+        small = Task(d=320, n_latents=2560, k=16, rows=1024, steps=1000)
+        figures["quality"] = {"task": asdict(small), "sides": {}}
+        quality(small, figures["quality"]["sides"])
+    args.out.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
