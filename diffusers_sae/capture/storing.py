@@ -104,11 +104,12 @@ def _about(pipe: Any, site: Site, prompts: Sequence[str], config: StoreConfig, c
     kept = asdict(config)
     del kept["max_bytes"]
     kept["branches"] = list(config.branches)
+    name = pipe.config.get("_name_or_path")
     return {
         "schema": SCHEMA,
         "site": site.as_dict(),
         "model": {
-            "name": pipe.config.get("_name_or_path"),
+            "name": name if name is None else str(name),  # it may be a path
             "weights": _fingerprint(getattr(pipe, denoiser_of(pipe)[0])),
         },
         "scheduler": type(pipe.scheduler).__name__,

@@ -8,8 +8,11 @@ from typing import Annotated
 
 import typer
 
+from .configs import Config, record
+
 
 def capture(
+    ctx: typer.Context,
     model: Annotated[str, typer.Argument(help="Folder or hub repository of a diffusers pipeline.")],
     prompts: Annotated[Path, typer.Argument(help="Text file with one prompt a line.")],
     out: Annotated[Path, typer.Option(help="Folder; every site gets a folder in it.")],
@@ -23,6 +26,7 @@ def capture(
     max_gb: Annotated[float | None, typer.Option(help="What the store may take; by default, what is free.")] = None,
     seed: Annotated[int, typer.Option(help="Image i starts from the noise of seed + i.")] = 0,
     call: Annotated[str, typer.Option(help="JSON of further arguments of the pipeline.")] = "{}",
+    config: Config = None,
 ) -> None:
     """Generate images and keep what the sites hold. Stopped, it goes on where it was."""
     import torch
@@ -39,13 +43,14 @@ def capture(
         ) from None
     lines = [line for line in prompts.read_text().splitlines() if line.strip()]
     budget = None if max_gb is None else int(max_gb * 1e9)
-    config = StoreConfig(
+    kept = StoreConfig(
         len(lines) if images is None else images, batch_size, tuple(branch), timesteps, places, dtype, budget, seed
     )
     cuda = torch.cuda.is_available()
     pipe = SAESteeringPipeline.from_pretrained(model, dtype=torch.float16 if cuda else torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    stores = store_activations(pipe.to("cuda") if cuda else pipe, site, lines, out, config, **arguments)
+    stores = store_activations(pipe.to("cuda") if cuda else pipe, site, lines, out, kept, **arguments)
+    record(ctx, out)
     for path, store in stores.items():
         size = sum(shard["bytes"] for shard in store.manifest["shards"])
         typer.echo(f"{path}: {len(store):,} rows of width {store.width}, {size / 1e9:.3f} GB, in {store.folder}")

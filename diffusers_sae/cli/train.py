@@ -3,29 +3,44 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ..errors import InputError
+from .configs import Config, read_record, record
+
+SAME = ("latents", "training", "kind", "k", "seed", "held_out")
+"""What a run cannot change when it goes on."""
+
 
 def train(
+    ctx: typer.Context,
     store: Annotated[Path, typer.Argument(help="Folder of one site that `capture` made.")],
     out: Annotated[Path, typer.Option(help="Folder for the SAE; the checkpoint and the log lie in training/.")],
-    latents: Annotated[int, typer.Option(help="Latents of the SAE.")],
+    scale: Annotated[str | None, typer.Option(help="Sizes for a run of 1s, 10s, 1m, 10m, 1h or 10h.")] = None,
+    latents: Annotated[int | None, typer.Option(help="Latents of the SAE; by default the scale's.")] = None,
     kind: Annotated[str, typer.Option(help="topk, batchtopk, matryoshka, relu, jumprelu or gated.")] = "topk",
     k: Annotated[int, typer.Option(help="Active latents of a row: topk, batchtopk, matryoshka.")] = 32,
     sparsity: Annotated[float, typer.Option(help="Weight of the penalty: relu, jumprelu, gated.")] = 1.0,
-    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 5000,
-    rows: Annotated[int, typer.Option(help="Rows a step.")] = 2048,
+    steps: Annotated[int, typer.Option(help="Optimiser steps, without a scale.")] = 5000,
+    rows: Annotated[int, typer.Option(help="Rows a step, without a scale.")] = 2048,
     lr: Annotated[float, typer.Option(help="Peak rate of Adam.")] = 4e-3,
+    ema: Annotated[float | None, typer.Option(help="Average the weights, keeping this much a step.")] = None,
+    resample_every: Annotated[int | None, typer.Option(help="Steps between resamplings of dead latents.")] = None,
     held_out: Annotated[int, typer.Option(help="Last shards that are kept for the figures.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the first weights and the order of the rows.")] = 0,
+    tracker: Annotated[str | None, typer.Option(help="A tracker of accelerate: tensorboard, wandb, ...")] = None,
+    config: Config = None,
 ) -> None:
     """Train an SAE, measure it on rows held out, and write both. Stopped, it goes on where it was."""
+    from accelerate import Accelerator
+
     from ..capture import ActivationStore
     from ..checksums import write_checksums
-    from ..errors import InputError
     from ..evaluation.reconstruction import measure_on_store
     from ..saes import ARCHITECTURES, BatchTopKSAE, TopKSAE
     from ..training import TrainingConfig, train_on_store
@@ -34,6 +49,8 @@ def train(
     kinds = {name.removesuffix("SAE").lower(): cls for name, cls in ARCHITECTURES.items() if trainable(cls)}
     if kind not in kinds:
         raise InputError(f"{kind!r} is not a kind of SAE; choose from {', '.join(kinds)}.")
+    if latents is None and scale is None:
+        raise InputError("Neither latents nor a scale is given; pass --latents 5120, or --scale 1m.")
     activations = ActivationStore(store)
     shards = len(activations.shard_rows)
     if not 0 < held_out < shards:
@@ -49,13 +66,27 @@ def train(
         "branch": ", ".join(manifest["config"]["branches"]),
         "training_images": sum(shard["images"] for shard in manifest["shards"][:-held_out]),
     }
+    settings = TrainingConfig(steps, rows, lr=lr, sparsity=sparsity, ema=ema, resample_every=resample_every)
+    accelerator = Accelerator(log_with=tracker, project_dir=out / "training" / "tracker" if tracker else None)
+    seen = activations.part(stop=-held_out)
+    if accelerator.is_main_process:
+        _settle(ctx, out / "training", scale, latents, settings, seen, lambda d, n: cls(d, n, **own))
+    accelerator.wait_for_everyone()
+    told = read_record(out / "training")
+    latents, settings = told["latents"], TrainingConfig(**told["training"])
+    if tracker:
+        accelerator.init_trackers("diffusers-sae", config={"latents": latents, "kind": kind, **asdict(settings)})
     sae = train_on_store(
-        activations.part(stop=-held_out),
+        seen,
         lambda width: cls(width, latents, **own, provenance=provenance),
         out / "training",
-        TrainingConfig(steps=steps, batch_size=rows, lr=lr, sparsity=sparsity),
+        settings,
         seed=seed,
+        accelerator=accelerator,
     )
+    accelerator.end_training()
+    if not accelerator.is_main_process:
+        return
     figures, statistics = measure_on_store(sae, activations.part(start=-held_out))
     sae.save_pretrained(out)
     statistics.save(out)
@@ -66,3 +97,32 @@ def train(
         f"FVU {figures['fvu']:.4f} (worst timestep {worst:.4f}), L0 {figures['l0']:.1f}, "
         f"dead {figures['dead']:.1%} on {figures['rows']:,} rows held out: {out}"
     )
+
+
+def _settle(
+    ctx: typer.Context,
+    folder: Path,
+    scale: str | None,
+    latents: int | None,
+    settings: Any,
+    seen: Any,
+    make_sae: Callable[[int, int], Any],
+) -> None:
+    """Record the sizes of the run. One that has a checkpoint keeps a scale's sizes, since timing anew gives others."""
+    from ..training import sizes_for
+    from ..training.trainer import CHECKPOINT
+
+    begun = read_record(folder) if (folder / CHECKPOINT).exists() else None
+    if begun is not None and scale is not None and begun["scale"] == scale:
+        latents, kept = begun["latents"], ("steps", "batch_size", "dead_after")
+        settings = replace(settings, **{name: begun["training"][name] for name in kept})
+    elif scale is not None:
+        latents, settings = sizes_for(scale, seen, make_sae, settings, latents)
+    asked = {**ctx.params, "latents": latents, "training": asdict(settings)}
+    for name in SAME:
+        if begun is not None and begun[name] != asked[name]:
+            raise InputError(
+                f"{folder} holds a run whose {name} is {begun[name]}, not {asked[name]}; choose another folder, or "
+                "delete it."
+            )
+    record(ctx, folder, latents=latents, training=asdict(settings))

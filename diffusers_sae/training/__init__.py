@@ -1,7 +1,17 @@
 """Training SAEs on streams and on stores of activations."""
 
 from .from_store import train_on_store
+from .scales import SCALES, sizes_for
 from .streaming import StreamedSAE, StreamingConfig, train_on_stream
 from .trainer import SAETrainer, TrainingConfig
 
-__all__ = ["SAETrainer", "StreamedSAE", "StreamingConfig", "TrainingConfig", "train_on_store", "train_on_stream"]
+__all__ = [
+    "SCALES",
+    "SAETrainer",
+    "StreamedSAE",
+    "StreamingConfig",
+    "TrainingConfig",
+    "sizes_for",
+    "train_on_store",
+    "train_on_stream",
+]

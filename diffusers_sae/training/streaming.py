@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ..capture import ShuffleBuffer, StreamBatch, stream_activations
 from ..errors import InputError
 from ..saes import SparseAutoencoder
-from .trainer import SAETrainer, TrainingConfig, read_checkpoint, write_checkpoint
+from .trainer import CHECKPOINT, SAETrainer, TrainingConfig, read_checkpoint, write_checkpoint
 
 FURTHER = 2**40
 """How far the seeds of further noises lie from those of the images."""
@@ -100,7 +100,7 @@ def train_on_stream(
         own = {**(training or {}), **asked.training}
         runs.setdefault(asked.site, {})[name] = _Run(folder / f"{name}.jsonl", asked.make, own, trained)
     sites = {site: _Site(each, config) for site, each in runs.items()}
-    checkpoint = folder / "checkpoint.pt"
+    checkpoint = folder / CHECKPOINT
     first = _restore(checkpoint, sites, config)
     stream = stream_activations(
         pipe, list(sites), prompts, batch_size=config.batch_size, seed=config.seed, skip=first, **call

@@ -10,12 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
 
 from ..errors import InputError
 from ..machine import keep_freed_memory
 from ..saes import SparseAutoencoder
 from .losses import aux_k_loss
 from .objectives import objective
+from .resampling import resample
+
+CHECKPOINT = "checkpoint.pt"
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,9 @@ class TrainingConfig:
         sparsity: weight of the L1 penalty of ReLU and gated SAEs, or of the L0 penalty of JumpReLU ones.
         sparsity_warmup: share of the run in which that weight rises from 0.
         bandwidth: width of JumpReLU's pseudo-derivative, for the same scale of rows.
+        clip: largest norm of the gradient.
+        resample_every: steps after which dead latents begin anew, in the first half of the run; never by default.
+        ema: how much of the average of the weights a step keeps; if given, the trained SAE has that average.
     """
 
     steps: int
@@ -47,6 +55,9 @@ class TrainingConfig:
     sparsity: float = 1.0
     sparsity_warmup: float = 0.1
     bandwidth: float = 0.1
+    clip: float = 1.0
+    resample_every: int | None = None
+    ema: float | None = None
 
 
 def geometric_median(x: torch.Tensor, iterations: int = 100, tolerance: float = 1e-6) -> torch.Tensor:
@@ -66,21 +77,36 @@ class SAETrainer:
 
     Rows are scaled so that their mean square distance from the centre is `d`; `finish` folds the scale back into the
     biases, which suffices since every architecture here is positively homogeneous.
+
+    Under `accelerate launch` each process takes its part of every batch, and all make the step of the whole batch. What
+    BatchTopK keeps is then chosen among the rows of each process.
     """
 
     def __init__(
-        self, sae: SparseAutoencoder, config: TrainingConfig, sample: torch.Tensor | None, *, trained: bool = False
+        self,
+        sae: SparseAutoencoder,
+        config: TrainingConfig,
+        sample: torch.Tensor | None,
+        *,
+        trained: bool = False,
+        accelerator: Accelerator | None = None,
     ) -> None:
         """A trainer of a new SAE, or of one that is `trained` and keeps its weights.
 
         `sample (N, d)`: rows that centre and scale are taken from; none are needed if `load_state_dict` follows.
         """
         keep_freed_memory()  # gradients are as large as the weights and come anew each step
+        self.processes = accelerator.num_processes if accelerator else 1
+        self.device = accelerator.device if accelerator else sae.b_dec.device
+        if config.resample_every and self.processes > 1:
+            raise InputError("resample_every works in one process; leave it out, as AuxK revives dead latents too.")
         self.sae, self.config = sae, config
         self.scale = 1.0 if sample is None else self._centre_and_scale(sample, trained)
+        sae.to(self.device)
         self.optimizer = torch.optim.Adam(sae.parameters(), lr=config.lr, betas=(0.9, 0.999), fused=True)
         self.step_count = 0
-        self.rows_since_fired = torch.zeros(sae.n_latents, dtype=torch.long)
+        self.rows_since_fired = torch.zeros(sae.n_latents, dtype=torch.long, device=self.device)
+        self.average = EMAModel(sae.parameters(), decay=config.ema, use_ema_warmup=True) if config.ema else None
 
     def _centre_and_scale(self, sample: torch.Tensor, trained: bool) -> float:
         sae, config = self.sae, self.config
@@ -107,17 +133,24 @@ class SAETrainer:
         `weights (N,)` say how much each row counts in the FVU.
         """
         sae, config = self.sae, self.config
-        x = rows * self.scale
+        x = rows.to(self.device) * self.scale
         sparsity = config.sparsity * min(1.0, (self.step_count + 1) / max(1.0, config.sparsity_warmup * config.steps))
         found = objective(sae, x, weights, sparsity, config.bandwidth)
         dead = self.rows_since_fired >= config.dead_after
         aux = aux_k_loss(sae, x, found.x_hat, dead, config.k_aux)
-        loss = found.loss + config.aux_weight * aux
-        if not torch.isfinite(loss):
+        fvu, loss = found.fvu.detach(), found.loss
+        if self.processes > 1:  # each loss is a sum over rows, divided by one: of a process's rows, or of all
+            share, aux = self._share_of_spread(x), aux * self._share_of((x - found.x_hat.detach()).square().sum())
+            fvu, loss = self._summed(fvu * share), loss * share
+        loss = loss + config.aux_weight * aux
+        if not torch.isfinite(self._summed(loss.detach().clone())):
             raise FloatingPointError(f"The loss is {loss.item()} at step {self.step_count}; lower the rate.")
         loss.backward()
+        for parameter in sae.parameters():
+            if parameter.grad is not None:
+                self._summed(parameter.grad)
         remove_parallel_gradient(sae)
-        torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(sae.parameters(), config.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr * self.rate()
         self.optimizer.step()
@@ -125,15 +158,49 @@ class SAETrainer:
         with torch.no_grad():
             sae.W_dec.div_(torch.linalg.vector_norm(sae.W_dec, dim=-1, keepdim=True))
             if found.threshold is not None:
-                sae.threshold.copy_(found.threshold)
-        self.rows_since_fired += len(x)
-        self.rows_since_fired[found.fired] = 0
+                sae.threshold.copy_(self._reduced(found.threshold, "MIN"))
+        self.rows_since_fired += len(x) * self.processes
+        self.rows_since_fired[self._reduced(found.fired.int(), "MAX") > 0] = 0
         self.step_count += 1
-        return {"fvu": found.fvu.item(), "aux": aux.item(), "dead": dead.float().mean().item()}
+        self._resample(x, found.x_hat)
+        if self.average:
+            self.average.step(sae.parameters())
+        return {"fvu": fvu.item(), "aux": self._summed(aux.detach()).item(), "dead": dead.float().mean().item()}
+
+    def _resample(self, x: torch.Tensor, x_hat: torch.Tensor) -> None:
+        every = self.config.resample_every
+        if every and self.step_count % every == 0 and self.step_count <= self.config.steps // 2:
+            dead = self.rows_since_fired >= self.config.dead_after
+            generator = torch.Generator().manual_seed(self.step_count)
+            resample(self.sae, self.optimizer, dead, x, x_hat.detach(), generator)
+            self.rows_since_fired[dead] = 0
+
+    def _reduced(self, tensor: torch.Tensor, how: str) -> torch.Tensor:
+        """`tensor`, in place, after all processes have put theirs together."""
+        if self.processes > 1:
+            torch.distributed.all_reduce(tensor, getattr(torch.distributed.ReduceOp, how))
+        return tensor
+
+    def _summed(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self._reduced(tensor, "SUM")
+
+    def _share_of(self, amount: torch.Tensor) -> torch.Tensor:
+        """This process's share of the sum of `amount` over all."""
+        return amount / self._summed(amount.clone()).clamp(min=1e-12)
+
+    def _share_of_spread(self, x: torch.Tensor) -> torch.Tensor:
+        """Spread of this process's rows around their mean, over that of all rows around theirs."""
+        mean = self._summed(x.sum(0)) / (len(x) * self.processes)
+        whole = self._summed((x - mean).square().sum())
+        return (x - x.mean(0)).square().sum() / whole
 
     def finish(self) -> SparseAutoencoder:
-        """The trained SAE for raw activations."""
-        self.sae.scale_input_(1 / self.scale)
+        """The trained SAE for raw activations, on the CPU."""
+        if self.average:
+            self.average.copy_to(self.sae.parameters())
+            with torch.no_grad():
+                self.sae.W_dec.div_(self.sae.W_dec.norm(dim=-1, keepdim=True))
+        self.sae.cpu().scale_input_(1 / self.scale)
         return self.sae.eval()
 
     def state_dict(self) -> dict[str, Any]:
@@ -144,6 +211,7 @@ class SAETrainer:
             "scale": self.scale,
             "step_count": self.step_count,
             "rows_since_fired": self.rows_since_fired,
+            "average": self.average.state_dict() if self.average else None,
             "config": asdict(self.config),
         }
 
@@ -156,7 +224,9 @@ class SAETrainer:
         self.sae.load_state_dict(state["sae"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scale, self.step_count = state["scale"], state["step_count"]
-        self.rows_since_fired = state["rows_since_fired"]
+        self.rows_since_fired = state["rows_since_fired"].to(self.device)
+        if self.average:
+            self.average.load_state_dict(state["average"])
 
     @classmethod
     def from_state(cls, state: dict[str, Any], make_sae: Callable[[int], SparseAutoencoder]) -> SAETrainer:

@@ -7,7 +7,11 @@ import pytest
 import torch
 from conftest import SITE, Harness
 
-from diffusers_sae import cli
+from diffusers_sae import TopKSAE, cli
+from diffusers_sae.capture import StoreConfig, store_activations
+from diffusers_sae.demo.shipped import CALL as CALL_OF_EMOJI_SD
+from diffusers_sae.demo.shipped import SITES, load_pipeline
+from diffusers_sae.demo.world import sample_captions
 
 
 def run(monkeypatch, capsys, *arguments):
@@ -79,6 +83,7 @@ def test_from_a_pipeline_to_an_sae_that_steers_it(monkeypatch, capsys, folder, k
     ("arguments", "sentence"),
     [
         (("train", "nowhere", "--out", "sae", "--latents", "8"), "nowhere holds no store of activations"),
+        (("train", "nowhere", "--out", "sae"), "Neither latents nor a scale is given; pass --latents 5120, or --scale"),
         (("train", "nowhere", "--out", "sae", "--latents", "8", "--kind", "magic"), "'magic' is not a kind of SAE"),
         (
             ("capture", "model", "prompts.txt", "--out", "store", "--site", "unet", "--call", "{"),
@@ -92,6 +97,51 @@ def test_mistakes_in_capture_and_train(monkeypatch, capsys, folder, arguments, s
     code, shown = run(monkeypatch, capsys, *arguments)
     assert code == 2 and sentence in shown and "Traceback" not in shown
     assert not (folder / "sae").exists() and not (folder / "store").exists()
+
+
+def test_a_command_from_a_file_with_flags_above_it(monkeypatch, capsys, folder):
+    monkeypatch.chdir(folder)
+    (folder / "capture.toml").write_text(
+        f"model = 'model'\nprompts = 'prompts.txt'\nout = 'store'\nsite = ['{SITE}']\nbatch-size = 2\n"
+        f"places = 9\ncall = '{CALL}'\n"
+    )
+    assert "45 rows of width 8" not in done(monkeypatch, capsys, "capture", "--config", "capture.toml", "--places", 4)
+    told = json.loads((folder / "store" / "run.json").read_text())
+    assert told["command"] == "capture" and told["places"] == 4 and told["batch_size"] == 2 and told["site"] == [SITE]
+    (folder / "train.toml").write_text("latents = 32\nk = 4\nrows = 16\nsteps = 5\nlr = 0.001\n")
+    done(monkeypatch, capsys, "train", f"store/{SITE}", "--out", "sae", "--config", "train.toml", "--steps", 7)
+    told = json.loads((folder / "sae" / "training" / "run.json").read_text())
+    assert (told["latents"], told["training"]["steps"], told["training"]["lr"]) == (32, 7, 0.001)
+    (folder / "train.toml").write_text("latent = 32\n")
+    code, shown = run(monkeypatch, capsys, "train", f"store/{SITE}", "--out", "other", "--config", "train.toml")
+    assert code == 2 and "train.toml sets latent, and the command has" in shown
+    (folder / "train.toml").write_text("latents: 32\n")
+    code, shown = run(monkeypatch, capsys, "train", f"store/{SITE}", "--out", "other", "--config", "train.toml")
+    assert code == 2 and "train.toml is no TOML" in shown and not (folder / "other").exists()
+
+
+@pytest.fixture(scope="module")
+def activations(tmp_path_factory):
+    """A store of the embedded model's activations."""
+    folder = tmp_path_factory.mktemp("activations")
+    pipe, prompts = load_pipeline(), list(sample_captions(12, seed=0))
+    store_activations(pipe, [SITES[1]], prompts, folder, StoreConfig(12, 4, places=32), **CALL_OF_EMOJI_SD)
+    return folder / SITES[1]
+
+
+@pytest.mark.parametrize("kind", ["topk", "batchtopk", "matryoshka", "relu", "jumprelu", "gated"])
+@pytest.mark.parametrize("scale", ["1s", "10s"])
+def test_presets_train_every_kind(monkeypatch, capsys, activations, tmp_path, kind, scale):
+    command = ("train", activations, "--out", tmp_path / "sae", "--kind", kind, "--scale", scale, "--sparsity", 3)
+    told = done(monkeypatch, capsys, *command)
+    record = json.loads((tmp_path / "sae" / "training" / "run.json").read_text())
+    width = TopKSAE.load_config(tmp_path / "sae")["d_in"]
+    assert record["latents"] == {"1s": 1, "10s": 2}[scale] * width and record["training"]["steps"] >= 50
+    figures = json.loads((tmp_path / "sae" / "held_out.json").read_text())
+    assert figures["fvu"] < 0.9 and figures["l0"] < 0.75 * record["latents"]
+    assert done(monkeypatch, capsys, *command) == told  # again, with the sizes that were timed the first time
+    code, shown = run(monkeypatch, capsys, *map(str, command), "--seed", "5")
+    assert code == 2 and "holds a run whose seed is 0, not 5" in shown
 
 
 def test_help_names_every_command(monkeypatch, capsys):

@@ -147,3 +147,65 @@ def test_a_checkpoint_that_cannot_be_read_is_refused(tmp_path):
         (tmp_path / "checkpoint.pt").write_bytes(damaged)
         with pytest.raises(InputError, match="cannot be read as a checkpoint; delete it to begin anew"):
             read_checkpoint(tmp_path / "checkpoint.pt")
+
+
+def test_average_weights_are_those_of_the_steps(tmp_path):
+    torch.manual_seed(0)
+    sae = TopKSAE(32, 64, 3)
+    trainer, data = trainer_for(sae, steps=60, ema=0.9)
+    seen = []
+    for i in range(60):
+        if i == 30:  # and a checkpoint keeps them
+            write_checkpoint(tmp_path / "checkpoint.pt", trainer.state_dict())
+            trainer, _ = trainer_for(TopKSAE(32, 64, 3), steps=60, ema=0.9)
+            trainer.load_state_dict(read_checkpoint(tmp_path / "checkpoint.pt"))
+        trainer.step(data[i * 64 : (i + 1) * 64])
+        seen.append(trainer.sae.b_enc.detach().clone())
+    expected = seen[0]
+    for i, weights in enumerate(seen[1:], 1):
+        decay = min(0.9, 1 - 1 / (1 + i) ** (2 / 3))
+        expected = decay * expected + (1 - decay) * weights
+    scale = trainer.scale
+    found = trainer.finish()
+    torch.testing.assert_close(found.b_enc * scale, expected, rtol=1e-3, atol=1e-5)
+    assert not torch.allclose(found.b_enc * scale, seen[-1], rtol=1e-3)
+    torch.testing.assert_close(found.W_dec.norm(dim=-1), torch.ones(64))
+
+
+def test_resampled_latents_point_where_the_loss_is():
+    torch.manual_seed(0)
+    sae = TopKSAE(32, 64, 3)
+    sae.b_enc.data[32:] = -9.0  # half of them are negative on every row
+    trainer, data = trainer_for(sae, steps=20, aux_weight=0.0, dead_after=500, resample_every=8, lr=0.0)
+    for i in range(7):
+        trainer.step(data[i * 128 : (i + 1) * 128])
+    silent = trainer.rows_since_fired >= 500 - 128
+    before = [sae.W_dec.clone(), sae.W_enc.clone()]
+    rows = data[:128] * 1.0
+    rows[5] += 400 * torch.randn(32)  # by far the worst of the batch
+    trainer.step(rows)
+    dead = (sae.W_dec - before[0]).abs().amax(-1) > 1e-4  # all but those that fire on such a row
+    assert 28 <= dead.sum() <= silent.sum() and not (dead & ~silent).any()
+    directions = torch.nn.functional.normalize(rows * trainer.scale - sae.b_dec.detach(), dim=-1)
+    cosine, chosen = (sae.W_dec.detach()[dead] @ directions.T).max(1)
+    torch.testing.assert_close(cosine, torch.ones(int(dead.sum())))
+    assert 5 in chosen and len(set(chosen.tolist())) == dead.sum()
+    live = before[1][~dead].norm(dim=-1).mean()
+    torch.testing.assert_close(sae.W_enc[dead], 0.2 * live * sae.W_dec[dead], atol=1e-4, rtol=0)
+    torch.testing.assert_close(sae.W_dec[~dead], before[0][~dead])
+    assert sae.b_enc[dead].abs().max() == 0 and trainer.rows_since_fired[dead].max() == 0
+    moments = trainer.optimizer.state[sae.W_enc]["exp_avg"]
+    assert moments[dead].abs().max() == 0 and moments[~dead].abs().max() > 0
+
+
+def test_resampling_revives_what_would_stay_dead():
+    def dead_share(every):
+        torch.manual_seed(0)
+        sae = TopKSAE(32, 64, 3)
+        sae.b_enc.data[32:] = -9.0
+        trainer, data = trainer_for(sae, steps=600, aux_weight=0.0, lr=4e-3, resample_every=every)
+        for _ in range(600):
+            trainer.step(data[torch.randint(0, 4096, (256,))])
+        return (trainer.finish().encode(data) > 0).any(0).logical_not().float().mean().item()
+
+    assert dead_share(None) == 0.5 and dead_share(50) < 0.4  # of 64 latents for 48 features
