@@ -1,4 +1,4 @@
-"""Other libraries' TopK SAEs under one face, each trained by its own code, and ours beside them.
+"""Other libraries' SAEs under one face, each trained by its own code, and ours beside them.
 
 python -m venv peers && peers/bin/pip install -r benchmarks/peers.txt -e .
 """
@@ -9,17 +9,18 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 
 
 @dataclass(frozen=True)
 class Task:
-    """A TopK SAE of `n_latents` latents for rows of width `d`, trained for `steps` steps of `rows` rows.
+    """An SAE of `n_latents` latents for rows of width `d`, trained for `steps` steps of `rows` rows.
 
-    `rate` multiplies each library's own rate.
+    `rate` multiplies each library's own rate; `kind` is named as on our command line.
     """
 
     d: int
@@ -28,6 +29,8 @@ class Task:
     rows: int
     steps: int
     rate: float = 1.0
+    kind: str = "topk"
+    sparsity: float = 1.0
 
     @property
     def warmup(self) -> int:
@@ -47,19 +50,23 @@ class Side(Protocol):
 
     def reconstruct(self, rows: torch.Tensor) -> torch.Tensor: ...
 
+    def fired(self, rows: torch.Tensor) -> torch.Tensor:
+        """Which latents fire, `(N, n)`."""
+
     def directions(self) -> torch.Tensor:
         """`(n, d)`."""
 
 
 class Ours:
     def __init__(self, task: Task, sample: torch.Tensor) -> None:
-        from diffusers_sae import TopKSAE
-        from diffusers_sae.training import TrainingConfig
-        from diffusers_sae.training.trainer import SAETrainer
+        from diffusers_sae.saes import ARCHITECTURES
+        from diffusers_sae.training import SAETrainer, TrainingConfig
 
-        standard = TrainingConfig(steps=task.steps)
-        config = TrainingConfig(steps=task.steps, batch_size=task.rows, lr=standard.lr * task.rate)
-        self._trainer = SAETrainer(TopKSAE(task.d, task.n_latents, task.k), config, sample)
+        lr = TrainingConfig(steps=task.steps).lr * task.rate
+        config = TrainingConfig(steps=task.steps, batch_size=task.rows, lr=lr, sparsity=task.sparsity)
+        (make,) = (cls for name, cls in ARCHITECTURES.items() if name.lower() == task.kind + "sae")
+        own = (task.k,) if "topk" in task.kind or task.kind == "matryoshka" else ()
+        self._trainer = SAETrainer(make(task.d, task.n_latents, *own).train(), config, sample)
 
     def step(self, rows: torch.Tensor) -> Any:
         return self._trainer.step(rows)
@@ -67,6 +74,9 @@ class Ours:
     def reconstruct(self, rows: torch.Tensor) -> torch.Tensor:
         scale = self._trainer.scale
         return self._trainer.sae(rows * scale) / scale
+
+    def fired(self, rows: torch.Tensor) -> torch.Tensor:
+        return self._trainer.sae.encode(rows * self._trainer.scale) > 0
 
     def directions(self) -> torch.Tensor:
         return self._trainer.sae.W_dec
@@ -98,17 +108,40 @@ class Sparsify:
     def reconstruct(self, rows: torch.Tensor) -> torch.Tensor:
         return self._sae(rows).sae_out
 
+    def fired(self, rows: torch.Tensor) -> torch.Tensor:
+        values, indices, _ = self._sae.encode(rows)
+        return torch.zeros(len(rows), self._sae.num_latents).scatter_(1, indices, values) > 0
+
     def directions(self) -> torch.Tensor:
         return self._sae.W_dec
 
 
 class DictionaryLearning:
-    def __init__(self, task: Task, sample: torch.Tensor) -> None:
-        from dictionary_learning.trainers.top_k import TopKTrainer
+    TRAINERS: ClassVar = {
+        "topk": ("top_k", "TopKTrainer"),
+        "batchtopk": ("batch_top_k", "BatchTopKTrainer"),
+        "matryoshka": ("matryoshka_batch_top_k", "MatryoshkaBatchTopKTrainer"),
+        "jumprelu": ("jumprelu", "JumpReluTrainer"),
+        "gated": ("gdm", "GatedSAETrainer"),
+        "relu": ("standard", "StandardTrainer"),
+    }
 
-        self._trainer = TopKTrainer(
-            task.steps, task.d, task.n_latents, task.k, layer=0, lm_name="none", lr=task.published_rate,
-            warmup_steps=task.warmup, decay_start=task.steps * 4 // 5, device="cpu",
+    def __init__(self, task: Task, sample: torch.Tensor) -> None:
+        file, trainer = self.TRAINERS[task.kind]
+        own: dict[str, Any] = {"topk": {"k": task.k}, "batchtopk": {"k": task.k}}.get(task.kind, {})
+        if task.kind == "matryoshka":
+            own = {"k": task.k, "group_fractions": [1 / 16, 1 / 16, 1 / 8, 1 / 4, 1 / 2]}
+        if task.kind in ("jumprelu", "gated", "relu"):
+            own = {"sparsity_warmup_steps": task.steps // 10}
+        if task.kind == "jumprelu":
+            own |= {"target_l0": task.k, "lr": 7e-5 * task.rate}
+        else:
+            own |= {"lr": task.published_rate}
+        if "k" in own:
+            own |= {"threshold_start_step": task.steps // 10}
+        self._trainer = getattr(import_module(f"dictionary_learning.trainers.{file}"), trainer)(
+            steps=task.steps, activation_dim=task.d, dict_size=task.n_latents, layer=0, lm_name="none",
+            warmup_steps=task.warmup, decay_start=task.steps * 4 // 5, device="cpu", **own,
         )  # fmt: skip
         self._steps = 0
 
@@ -120,8 +153,12 @@ class DictionaryLearning:
     def reconstruct(self, rows: torch.Tensor) -> torch.Tensor:
         return self._trainer.ae(rows)
 
+    def fired(self, rows: torch.Tensor) -> torch.Tensor:
+        return self._trainer.ae.encode(rows) > 0
+
     def directions(self) -> torch.Tensor:
-        return self._trainer.ae.decoder.weight.T
+        ae = self._trainer.ae
+        return ae.W_dec if hasattr(ae, "W_dec") else ae.decoder.weight.T
 
 
 class SAELens:
@@ -149,6 +186,9 @@ class SAELens:
     def reconstruct(self, rows: torch.Tensor) -> torch.Tensor:
         return self._sae(rows)
 
+    def fired(self, rows: torch.Tensor) -> torch.Tensor:
+        return self._sae.encode(rows) > 0
+
     def directions(self) -> torch.Tensor:
         return self._sae.W_dec
 
@@ -173,6 +213,9 @@ class Overcomplete:
 
     def reconstruct(self, rows: torch.Tensor) -> torch.Tensor:
         return self._sae.eval()(rows)[2]
+
+    def fired(self, rows: torch.Tensor) -> torch.Tensor:
+        return self._sae.eval()(rows)[1] > 0
 
     def directions(self) -> torch.Tensor:
         return self._sae.get_dictionary()

@@ -29,7 +29,7 @@ from diffusers_sae.demo.shipped import (
     load_scores,
     look,
 )
-from diffusers_sae.demo.world import CONCEPTS, Scene, concept_name, grid
+from diffusers_sae.demo.world import CONCEPTS, OBJECTS, Scene, concept_name, grid
 from diffusers_sae.evaluation.ledger import Ledger
 from diffusers_sae.evaluation.shares import Share
 
@@ -38,9 +38,8 @@ BRANCHES = ("cond", "uncond", "both", "contrast")
 BRANCH_CONCEPTS = ("neon", "ink", "3d", "red background", "black background", "rocket", "cactus", "hamburger")
 MASK_CONCEPTS = ("black background", "red background", "green background", "yellow background", "blue background")
 STARTS = (0.0, 0.2, 0.4, 0.6)
-REMOVED = (
-    "fox", "owl", "unicorn", "apple", "pizza", "cactus", "sunflower", "car", "sailboat", "umbrella", "crown", "house",
-)  # fmt: skip
+TUNED = ("panda", "rocket", "hamburger", "cook")
+REMOVED = tuple(name for name in OBJECTS if name not in TUNED)
 
 
 class Setting(NamedTuple):
@@ -55,11 +54,11 @@ class Setting(NamedTuple):
 REMOVALS = {
     "scale": (
         *(Setting(value, 8, "cond") for value in (-1.0, -1.5, -2.0)),
-        *(Setting(value, 8, "both") for value in (-2.0, -3.0, -4.0)),
+        *(Setting(value, 8, "both") for value in (-2.0, -3.0)),
     ),
-    "replace": tuple(Setting(0.25, latents, "both", SITES[:1]) for latents in (1, 2, 3)),
+    "replace": tuple(Setting(0.25, latents, "both", SITES[:1]) for latents in (2, 3, 5)),
 }
-"""Chosen on four other objects."""
+"""Chosen on the objects in `TUNED`."""
 
 
 class Choices:

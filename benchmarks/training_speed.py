@@ -145,7 +145,7 @@ def main() -> None:
         print(json.dumps(figures["peak_bytes"]))
     args.out.write_text(json.dumps(figures, indent=1) + "\n")
     if "quality" in parts:
-        small = Task(d=320, n_latents=2560, k=16, rows=1024, steps=1000)
+        small = Task(d=256, n_latents=2048, k=16, rows=1024, steps=600)
         figures["quality"] = {"task": asdict(small), "sides": {}}
         quality(small, figures["quality"]["sides"])
     args.out.write_text(json.dumps(figures, indent=1) + "\n")

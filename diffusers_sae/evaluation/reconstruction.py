@@ -1,4 +1,4 @@
-"""How well an SAE reconstructs: FVU pooled and at each timestep, L0, dead latents."""
+"""How well an SAE reconstructs: FVU pooled and at each timestep, other errors, L0, dead latents, densities."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..capture import ActivationStore
-from ..saes import LatentStatistics, SparseAutoencoder, SparseCode, StatisticsAccumulator
+from ..saes import LatentStatistics, SparseAutoencoder, SparseCode, StatisticsAccumulator, TopKSAE
 
 
 @dataclass
@@ -18,6 +18,8 @@ class _Sums:
     total: torch.Tensor | float = 0.0  # (d,)
     square: float = 0.0
     error: float = 0.0
+    absolute: float = 0.0
+    cosine: float = 0.0
     active: float = 0.0
 
     def fvu(self) -> float:
@@ -34,32 +36,47 @@ class ReconstructionMeter:
 
     def __post_init__(self) -> None:
         self._pooled = _Sums()
-        self._fired = torch.zeros(self.sae.n_latents, dtype=torch.bool)
+        self._fired = torch.zeros(self.sae.n_latents, dtype=torch.long)  # rows
 
     @torch.no_grad()
     def add(self, timestep: float, x: torch.Tensor) -> SparseCode:
         """Take in rows `(..., d)` seen at one timestep; returns their code, `(N, k)`."""
         x = x.reshape(-1, x.shape[-1])
         code = self.sae.encode_sparse(x)
-        error = float((x - self.sae.decode_sparse(code)).double().square().sum())
+        x_hat = self.sae.decode_sparse(code)
+        error = float((x - x_hat).double().square().sum())
+        absolute = float((x - x_hat).double().abs().sum())
+        cosine = float(torch.cosine_similarity(x, x_hat, dim=-1).double().sum())
         active = code.values > 0
-        self._fired[code.indices[active]] = True
+        self._fired += torch.bincount(code.indices[active].cpu(), minlength=len(self._fired))
         for sums in (self._pooled, self._steps.setdefault(timestep, _Sums())):
             sums.rows += len(x)
             sums.total = sums.total + x.double().sum(0)
             sums.square += float(x.double().square().sum())
             sums.error += error
+            sums.absolute += absolute
+            sums.cosine += cosine
             sums.active += float(active.sum())
         return code
 
     def figures(self) -> dict[str, object]:
-        """`fvu` pooled, `fvu_by_timestep`, `l0`, `dead` (share of latents that never fired here) and `rows`."""
+        """`fvu` pooled, `fvu_by_timestep`, and over all rows `mse` and `mae` a number, `cosine` of a row with its
+        reconstruction, `l0`, `dead` (share of latents that never fired), `rows`, and `density`: how many latents fire
+        on a share of rows of 10^-6 to 10^-5, and so on; the first decade counts all rarer ones too.
+        """
+        pooled, width = self._pooled, self.sae.d_in
+        rates = self._fired[self._fired > 0].double() / pooled.rows
+        decades = rates.log10().floor().clamp(-6, -1).long()
         return {
-            "fvu": self._pooled.fvu(),
+            "fvu": pooled.fvu(),
             "fvu_by_timestep": {t: self._steps[t].fvu() for t in sorted(self._steps, reverse=True)},
-            "l0": self._pooled.active / self._pooled.rows,
-            "dead": float((~self._fired).float().mean()),
-            "rows": self._pooled.rows,
+            "mse": pooled.error / pooled.rows / width,
+            "mae": pooled.absolute / pooled.rows / width,
+            "cosine": pooled.cosine / pooled.rows,
+            "l0": pooled.active / pooled.rows,
+            "dead": float((self._fired == 0).float().mean()),
+            "density": {f"1e{i}": int((decades == i).sum()) for i in range(-6, 0)},
+            "rows": pooled.rows,
         }
 
 
@@ -75,3 +92,27 @@ def measure_on_store(
             for x in shard["rows"][shard["timestep"] == timestep].split(rows):
                 statistics.add(timestep, meter.add(timestep, x.float()))
     return meter.figures(), statistics.finish()
+
+
+def baselines(seen: torch.Tensor, held_out: torch.Tensor, k: int, n_latents: int) -> dict[str, float]:
+    """FVU on rows held out `(M, d)` of what an SAE has to beat, made from rows `(N, d)` that are seen.
+
+    `pca`: projection on the k first principal components. `random`: a TopK SAE of n random directions, k of them
+    active, each as long as it is in the row, which is not fitted further. `mean`: 1 by definition, but for the shift
+    between both sets of rows. The identity has 0, at an L0 of d.
+    """
+    mean = seen.double().mean(0)
+    _, components = torch.linalg.eigh((seen.double() - mean).T @ (seen.double() - mean))
+    x = held_out.double() - mean
+    spread = (held_out.double() - held_out.double().mean(0)).square().sum()
+
+    def fvu(x_hat: torch.Tensor) -> float:
+        return float((x - x_hat).square().sum() / spread)
+
+    top = components[:, -k:]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        sae = TopKSAE(seen.shape[1], n_latents, k)
+    with torch.no_grad():
+        drawn = sae(x.float()).double()
+    return {"pca": fvu(x @ top @ top.T), "random": fvu(drawn), "mean": fvu(torch.zeros_like(x))}

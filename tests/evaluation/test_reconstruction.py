@@ -4,7 +4,8 @@ import pytest
 import torch
 from conftest import random_sae
 
-from diffusers_sae.evaluation.reconstruction import ReconstructionMeter
+from diffusers_sae import TopKSAE
+from diffusers_sae.evaluation.reconstruction import ReconstructionMeter, baselines
 
 
 def test_figures_gathered_in_parts_equal_the_definition():
@@ -27,3 +28,31 @@ def test_figures_gathered_in_parts_equal_the_definition():
     assert figures["l0"] == pytest.approx((z > 0).float().sum(1).mean().item())
     assert figures["dead"] == pytest.approx((z == 0).all(0).float().mean().item())
     assert figures["rows"] == 100
+    x_hat = sae(everything).detach()
+    assert figures["mse"] == pytest.approx((everything - x_hat).square().mean().item(), rel=1e-5)
+    assert figures["mae"] == pytest.approx((everything - x_hat).abs().mean().item(), rel=1e-5)
+    cosine = (everything * x_hat).sum(-1) / everything.norm(dim=-1) / x_hat.norm(dim=-1)
+    assert figures["cosine"] == pytest.approx(cosine.mean().item(), rel=1e-5)
+    rate = (z > 0).float().mean(0)
+    bins = {"1e-2": ((rate >= 0.0099) & (rate < 0.0999)).sum(), "1e-1": (rate >= 0.0999).sum()}
+    assert {name: count for name, count in figures["density"].items() if count} == {n: int(c) for n, c in bins.items()}
+
+
+def test_baselines_equal_their_definitions():
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(8, 8, generator=generator) * torch.linspace(3, 0.1, 8)[:, None]
+    seen, held_out = (torch.randn(n, 8, generator=generator) @ mix + 5 for n in (500, 300))
+    state = torch.random.get_rng_state()
+    found = baselines(seen, held_out, 3, 64)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    mean = seen.mean(0)
+    _, _, v = torch.linalg.svd(seen - mean, full_matrices=False)
+    x = held_out - mean
+    spread = (held_out - held_out.mean(0)).square().sum()
+    assert found["pca"] == pytest.approx(((x - x @ v[:3].T @ v[:3]).square().sum() / spread).item(), rel=1e-4)
+    assert 1 <= found["mean"] < 1.05
+    assert found["pca"] < 0.5 and found["random"] > found["pca"]
+    assert baselines(seen, held_out, 8, 64)["pca"] == pytest.approx(0, abs=1e-9)  # all components: the identity
+    torch.manual_seed(0)
+    sae = TopKSAE(8, 64, 3)
+    assert found["random"] == pytest.approx(((x - sae(x).detach()).square().sum() / spread).item(), rel=1e-4)

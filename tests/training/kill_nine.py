@@ -1,10 +1,11 @@
-"""Kills a capture and a training with SIGKILL at random moments and prints whether they end as undisturbed ones.
+"""Kills captures and trainings with SIGKILL at random moments and checks that they end as undisturbed ones.
 
 `python kill_nine.py FOLDER KILLS`. Each run is a fork of a process that has everything imported.
 """
 
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -59,6 +60,10 @@ def bytes_of(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(files)}
 
 
+def ended(child):
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
 def main():
     root, kills = Path(sys.argv[1]), int(sys.argv[2])
     torch.set_num_threads(1)  # a fork has no threads but its own
@@ -67,19 +72,26 @@ def main():
         store = root / "capture" / "whole" / SITE
         whole, killed = root / work.__name__ / "whole", root / work.__name__ / "killed"
         start = time.perf_counter()
-        assert os.waitstatus_to_exitcode(os.waitpid(begun(work, whole, store), 0)[1]) == 0
+        assert ended(begun(work, whole, store))
         length = time.perf_counter() - start
-        for _ in range(kills):  # each goes on where the last was killed
+        expected, done, finished, seen = bytes_of(whole), 0, 0, set()
+        assert len(expected) > 1
+        while done < kills or not finished:  # each run goes on where the last was killed, and anew after one that ends
             child = begun(work, killed, store)
-            time.sleep(rng.random() * length * 0.5)
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-        left = sorted(str(p.relative_to(killed)) for p in killed.rglob("*") if p.is_file())
-        assert os.waitstatus_to_exitcode(os.waitpid(begun(work, killed, store), 0)[1]) == 0
-        same = bytes_of(whole) == bytes_of(killed) and len(bytes_of(whole)) > 1
-        print(f"{work.__name__}: {kills} kills, {length:.1f} s undisturbed, {len(left)} files then: {same=}")
-        if not same:
-            sys.exit(1)
+            if done < kills:
+                time.sleep(rng.random() * length)
+                os.kill(child, signal.SIGKILL)
+            if ended(child):
+                if bytes_of(killed) != expected:
+                    sys.exit(f"{work.__name__}: another result after {done} kills")
+                shutil.rmtree(killed)
+                finished += 1
+            else:
+                done += 1
+                seen.add(tuple(sorted((str(p), p.stat().st_size) for p in killed.rglob("*") if p.is_file())))
+        print(
+            f"{work.__name__}: {kills} kills left {len(seen)} states on the disk; {finished} runs ended, all the same"
+        )
 
 
 if __name__ == "__main__":

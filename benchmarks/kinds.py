@@ -1,0 +1,103 @@
+"""FVU over L0 for every kind of SAE on the embedded model: `python benchmarks/kinds.py`.
+
+Captures activations of both sites once, trains each kind at three strengths of sparsity for equal steps, and measures
+on rows held out. Writes `benchmarks/results/kinds.json` and `kinds.png`. A stopped run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import torch
+from matplotlib import pyplot as plt
+
+from diffusers_sae.capture import ActivationStore, StoreConfig, store_activations
+from diffusers_sae.demo.shipped import CALL, SITES, load_pipeline
+from diffusers_sae.demo.world import sample_captions
+from diffusers_sae.evaluation.reconstruction import baselines, measure_on_store
+from diffusers_sae.saes import BatchTopKSAE, GatedSAE, JumpReLUSAE, MatryoshkaSAE, ReLUSAE, TopKSAE
+from diffusers_sae.training import TrainingConfig, train_on_store
+
+IMAGES, HELD_OUT, LATENTS, STEPS, ROWS = 288, 2, 1024, 800, 1024
+KS = (12, 24, 48)
+KINDS: dict[str, tuple[Any, dict[str, tuple[float, ...]]]] = {
+    "TopK": (TopKSAE, {"k": KS}),
+    "BatchTopK": (BatchTopKSAE, {"k": KS}),
+    "Matryoshka": (MatryoshkaSAE, {"k": KS}),
+    "JumpReLU": (JumpReLUSAE, {"sparsity": (0.15, 0.4, 1.0)}),
+    "gated": (GatedSAE, {"sparsity": (0.1, 0.25, 0.6)}),
+    "ReLU": (ReLUSAE, {"sparsity": (0.1, 0.25, 0.6)}),
+}
+
+
+def trained(store: ActivationStore, kind: str, knob: str, value: float, folder: Path) -> dict[str, Any]:
+    cls = KINDS[kind][0]
+    config = TrainingConfig(STEPS, ROWS, lr=4e-3, sparsity=value if knob == "sparsity" else 1.0, decay=0.8)
+    sae = train_on_store(
+        store.part(stop=-HELD_OUT),
+        lambda width: cls(width, LATENTS, int(value)) if knob == "k" else cls(width, LATENTS),
+        folder,
+        config,
+    )
+    figures = measure_on_store(sae, store.part(start=-HELD_OUT))[0]
+    return {knob: value, **{name: figures[name] for name in ("fvu", "l0", "dead")}}
+
+
+def draw(figures: dict[str, Any], path: Path) -> None:
+    figure, axes = plt.subplots(2, len(SITES), figsize=(11, 7), layout="constrained", height_ratios=(3, 1), sharex=True)
+    for (above, below), site in zip(axes.T, SITES, strict=True):
+        for kind, points in figures["sites"][site]["kinds"].items():
+            points = sorted(points, key=lambda p: p["l0"])
+            above.plot([p["l0"] for p in points], [p["fvu"] for p in points], marker="o", label=kind)
+            below.plot([p["l0"] for p in points], [100 * p["dead"] for p in points], marker="o")
+        others = figures["sites"][site]["baselines"]
+        for name, label in (("pca", "PCA of that rank"), ("random", "random directions, TopK")):
+            values = [others[k][name] for k in KS]
+            above.plot(KS, values, ls="--" if name == "pca" else ":", color="grey", label=label)
+        above.set(title=site, ylabel="FVU, rows held out", xscale="log", yscale="log")
+        below.set(xlabel="L0", ylabel="dead, %")
+        below.axhline(1, ls=":", color="grey")
+        below.set_ylim(bottom=0)
+    axes[0, 0].legend()
+    figure.suptitle(f"{LATENTS:,} latents, {STEPS} steps of {ROWS:,} rows")
+    figure.savefig(path, dpi=90)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, default=Path("outputs/kinds"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/kinds.json"))
+    args = parser.parse_args()
+    config = StoreConfig(IMAGES, 16, places=64)
+    prompts = list(sample_captions(IMAGES, seed=40_000_000))
+    stores = store_activations(load_pipeline(), SITES, prompts, args.work / "store", config, **CALL)
+    figures: dict[str, Any] = {"latents": LATENTS, "steps": STEPS, "rows": ROWS, "sites": {}}
+    for site, store in stores.items():
+        parts = {name: store.part(*part) for name, part in (("seen", (None, -HELD_OUT)), ("held", (-HELD_OUT, None)))}
+        seen, held = (
+            torch.cat([part.shard(i)["rows"].float() for i in range(len(part.shard_rows))]) for part in parts.values()
+        )
+        found = figures["sites"][site] = {
+            "rows": len(seen),
+            "baselines": {k: baselines(seen, held, k, LATENTS) for k in KS},
+            "kinds": {},
+        }
+        for kind, (_, knobs) in KINDS.items():
+            ((knob, values),) = knobs.items()
+            found["kinds"][kind] = []
+            for value in values:
+                one = trained(store, kind, knob, value, args.work / f"{site} {kind} {value}")
+                found["kinds"][kind].append(one)
+                print(site, kind, one, flush=True)
+    args.out.write_text(json.dumps(figures, indent=1) + "\n")
+    draw(figures, args.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
