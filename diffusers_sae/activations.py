@@ -56,6 +56,11 @@ class SiteActivations:
         """`select`, as rows `(M, P, d)` in the site's layout: what an SAE takes."""
         return LAYOUTS[self.site.layout].to_rows(self.select(branch, timestep, image))
 
+    def count_images_anew(self, n: int) -> None:
+        """Give every n images the numbers 0 to n - 1, as if each call of the pipeline had drawn the same ones."""
+        first = min(image for _, _, image in self._labels)
+        self._labels = [(t, branch, (image - first) % n) for t, branch, image in self._labels]
+
     def take(self, x: torch.Tensor, context: Context, first_image: int) -> None:
         """Add one call's tensor `(rows, ...)`."""
         self._tensors.append(x.detach().clone())

@@ -68,9 +68,10 @@ def store_activations(
 ) -> dict[str, ActivationStore]:
     """Generate `config.images` images and keep what the sites hold, in `folder/<path of the site>`.
 
-    All sites are filled in one pass. Every shard is whole or not there: a run that was stopped, by whatever means,
-    goes on after its last whole shard and ends with the files that an undisturbed run writes. `call` goes to the
-    pipeline. Returns `{path: store}`.
+    All sites are filled in one pass. With `images=` in `call`, one for each prompt, activations are those of the images
+    with noise (see `stream_activations`), and nothing is generated. Every shard is whole or not there: a run that was
+    stopped, by whatever means, goes on after its last whole shard and ends with the files that an undisturbed run
+    writes. `call` goes to the pipeline. Returns `{path: store}`.
 
     Raises:
         InputError: if the folder holds another run's activations, or the disk has too little room.
@@ -114,9 +115,18 @@ def _about(pipe: Any, site: Site, prompts: Sequence[str], config: StoreConfig, c
         },
         "scheduler": type(pipe.scheduler).__name__,
         "prompts": hashlib.sha256("\0".join(prompts).encode()).hexdigest(),
-        "call": {name: value if isinstance(value, (int, float, str)) else repr(value) for name, value in call.items()},
+        "call": {name: _told(value) for name, value in call.items()},
         "config": kept,
     }
+
+
+def _told(value: Any) -> Any:
+    """An argument of the pipeline as it stands in the manifest; images as their hash."""
+    if isinstance(value, (int, float, str)):
+        return value
+    if isinstance(value, Sequence) and len(value) and hasattr(value[0], "tobytes"):  # PIL or numpy
+        return hashlib.sha256(b"".join(image.tobytes() for image in value)).hexdigest()
+    return repr(value)
 
 
 def _fingerprint(module: torch.nn.Module) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -48,6 +49,8 @@ def stream_activations(
     seed: int = 0,
     skip: int = 0,
     first_step_only: bool = False,
+    images: Sequence[Any] | None = None,
+    strengths: Sequence[float] = (0.25, 0.5, 0.75, 1.0),
     **call: Any,
 ) -> Iterator[StreamBatch]:
     """Generate latents for `prompts` and yield what the sites held, a batch of prompts at a time.
@@ -55,17 +58,50 @@ def stream_activations(
     Image `i` starts from the noise of seed `seed + i`, whatever the batch size, so that a run can be resumed:
     `skip` leaves out the first images. With `first_step_only`, the rest of the denoising is left out. `call` goes to
     the pipeline (`num_inference_steps`, `guidance_scale`, ...).
+
+    With `images`, one for each prompt, nothing is generated: an img2img pipeline adds noise to each, once for each of
+    the `strengths` (shares of the schedule, up to 1 for noise alone), and its denoiser is called once.
     """
-    if first_step_only:
+    if first_step_only or images is not None:
         call["callback_on_step_end"] = _stop
+    if images is not None:
+        _check_images(pipe, strengths, call)
     stream = islice(iter(prompts), skip, None)
     first = skip
     while batch := list(islice(stream, batch_size)):
-        generators = [torch.Generator().manual_seed(seed + first + i) for i in range(len(batch))]
+        n = len(batch)
         with pipe.capture(sites) as activations:
-            pipe(batch, generator=generators, output_type="latent", **call)
+            owns: list[dict[str, Any]] = [{}]
+            if images is not None:
+                noised = _images_from(images, first, n)
+                owns = [{"image": noised, "strength": strength} for strength in strengths]
+            for own in owns:
+                generators = [torch.Generator().manual_seed(seed + first + i) for i in range(n)]
+                pipe(batch, generator=generators, output_type="latent", **own, **call)
+        if images is not None:
+            for site in activations.values():
+                site.count_images_anew(n)
         yield StreamBatch(batch, first, dict(activations))
-        first += len(batch)
+        first += n
+
+
+def _check_images(pipe: Any, strengths: Sequence[float], call: dict[str, Any]) -> None:
+    if not {"image", "strength"} <= set(inspect.signature(type(pipe).__call__).parameters):
+        raise InputError(
+            f"{type(pipe).__name__} takes no images to add noise to; make its img2img sibling with "
+            "SAESteeringPipeline.from_pipe(AutoPipelineForImage2Image.from_pipe(pipe))."
+        )
+    steps = call.get("num_inference_steps", 50)
+    for strength in strengths:
+        if not 1 / steps <= strength <= 1:
+            raise InputError(f"Strength {strength} must lie between one step of {steps} ({1 / steps:.3g}) and 1.")
+
+
+def _images_from(images: Sequence[Any], first: int, n: int) -> list[Any]:
+    found = list(images[first : first + n])
+    if len(found) < n:
+        raise InputError(f"There are {len(images)} images for more prompts; give one for each.")
+    return found
 
 
 def _stop(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:

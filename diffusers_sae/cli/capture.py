@@ -10,10 +10,13 @@ import typer
 
 from .configs import Config, record
 
+EMBEDDED = "emoji-sd"
+"""The pipeline that ships with the package."""
+
 
 def capture(
     ctx: typer.Context,
-    model: Annotated[str, typer.Argument(help="Folder or hub repository of a diffusers pipeline.")],
+    model: Annotated[str, typer.Argument(help="Folder or hub repository of a diffusers pipeline, or emoji-sd.")],
     prompts: Annotated[Path, typer.Argument(help="Text file with one prompt a line.")],
     out: Annotated[Path, typer.Option(help="Folder; every site gets a folder in it.")],
     site: Annotated[list[str], typer.Option(help="Path of a site, such as unet.mid_block; once for each site.")],
@@ -33,6 +36,7 @@ def capture(
 
     from .. import SAESteeringPipeline
     from ..capture import StoreConfig, store_activations
+    from ..demo.shipped import MODELS
     from ..errors import InputError
 
     try:
@@ -47,6 +51,8 @@ def capture(
         len(lines) if images is None else images, batch_size, tuple(branch), timesteps, places, dtype, budget, seed
     )
     cuda = torch.cuda.is_available()
+    if model == EMBEDDED and not Path(model).exists():
+        model = str(MODELS / EMBEDDED)
     pipe = SAESteeringPipeline.from_pretrained(model, dtype=torch.float16 if cuda else torch.float32)
     pipe.set_progress_bar_config(disable=True)
     stores = store_activations(pipe.to("cuda") if cuda else pipe, site, lines, out, kept, **arguments)

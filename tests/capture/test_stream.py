@@ -1,11 +1,13 @@
 """Streams and the shuffle buffer: nothing lost, nothing twice, resumable."""
 
+import numpy as np
 import pytest
 import torch
-from conftest import SITE
+from conftest import SITE, Harness
+from PIL import Image
 
 from diffusers_sae import InputError
-from diffusers_sae.capture import ShuffleBuffer, stream_activations
+from diffusers_sae.capture import ShuffleBuffer, StoreConfig, store_activations, stream_activations
 
 CALL = {"num_inference_steps": 3, "guidance_scale": 5.0, "height": 16, "width": 16}
 PROMPTS = ["ab", "cd", "ef", "gh", "ij"]
@@ -83,3 +85,75 @@ def test_capture_changes_no_bit_and_leaves_no_hook(every):
     assert not denoiser.get_submodule(path)._diffusers_hook.hooks
     with pytest.raises(InputError, match="capture takes a list of sites"), every.pipe.capture(site):
         pass
+
+
+@pytest.fixture(scope="module")
+def img2img():
+    """An img2img pipeline and images of its size."""
+    harness = Harness("Stable Diffusion img2img")
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+    return harness, [Image.fromarray(each) for each in pixels]
+
+
+STRENGTHS = {"strengths": (0.25, 0.75, 1.0), "num_inference_steps": 4, "guidance_scale": 5.0}
+
+
+def test_images_with_noise_are_seen_once_a_strength(img2img, monkeypatch):
+    harness, images = img2img
+    calls = []
+    forward = type(harness.pipe.unet).forward
+    monkeypatch.setattr(type(harness.pipe.unet), "forward", lambda *a, **k: calls.append(1) or forward(*a, **k))
+    batches = list(
+        stream_activations(harness.pipe, [SITE], PROMPTS[:3], batch_size=2, seed=5, images=images, **STRENGTHS)
+    )
+    assert len(calls) == 6 and [b.prompts for b in batches] == [["ab", "cd"], ["ef"]]
+    schedule = harness.pipe.scheduler
+    schedule.set_timesteps(4)
+    rows, timesteps = batches[0].rows(SITE)
+    assert timesteps.tolist() == [schedule.timesteps[i].item() for i in (3, 1, 0)] and rows.shape[:2] == (3, 2)
+    assert batches[0].sites[SITE].image.unique().tolist() == [0, 1]
+    # against the formula: the latents of the second image with noise, once through the denoiser
+    pipe, seen = harness.pipe, {}
+    pixels = pipe.image_processor.preprocess(images[1:2])
+    generator = torch.Generator().manual_seed(6)
+    with torch.no_grad():
+        latents = pipe.vae.encode(pixels).latent_dist.sample(generator) * pipe.vae.config.scaling_factor
+        noise = torch.randn(latents.shape, generator=generator)
+        text = pipe.encode_prompt("cd", "cpu", 1, False)[0]
+        block = pipe.unet.get_submodule(SITE.removeprefix("unet."))
+        hook = block.register_forward_hook(lambda module, args, out: seen.update(x=out[0]))
+        for i, t in enumerate(timesteps):
+            noisy = schedule.add_noise(latents, noise, t.reshape(1).long())
+            pipe.unet(noisy, t, encoder_hidden_states=text)
+            torch.testing.assert_close(rows[i, 1], seen["x"].flatten(2).transpose(1, 2)[0], atol=1e-4, rtol=1e-3)
+        hook.remove()
+
+
+def test_images_in_a_store(img2img, tmp_path):
+    harness, images = img2img
+    config = StoreConfig(3, 2, dtype="float32")
+    stored = store_activations(harness.pipe, [SITE], PROMPTS[:3], tmp_path, config, images=images, **STRENGTHS)[SITE]
+    assert len(stored) == 3 * 3 * 64 and stored.shard(0)["image"].unique().tolist() == [0, 1]
+    again = store_activations(harness.pipe, [SITE], PROMPTS[:3], tmp_path, config, images=images, **STRENGTHS)[SITE]
+    assert again.manifest == stored.manifest
+    with pytest.raises(InputError, match="holds activations of another run"):
+        store_activations(harness.pipe, [SITE], PROMPTS[:3], tmp_path, config, images=images[::-1], **STRENGTHS)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"strengths": (0.1,)}, "Strength 0.1 must lie between one step of 4"),
+        ({"strengths": (1.5,)}, "Strength 1.5 must lie between"),
+        ({"images": []}, "There are 0 images for more prompts"),
+    ],
+)
+def test_mistakes_with_images(img2img, change, sentence):
+    harness, images = img2img
+    with pytest.raises(InputError, match=sentence):
+        next(stream_activations(harness.pipe, [SITE], PROMPTS[:3], **{"images": images, **STRENGTHS, **change}))
+
+
+def test_a_pipeline_without_images_is_refused(sd):
+    with pytest.raises(InputError, match="takes no images to add noise to; make its img2img sibling"):
+        next(stream_activations(sd.pipe, [SITE], PROMPTS, images=[1], **CALL))

@@ -144,6 +144,15 @@ def test_presets_train_every_kind(monkeypatch, capsys, activations, tmp_path, ki
     assert code == 2 and "holds a run whose seed is 0, not 5" in shown
 
 
+def test_the_embedded_pipeline_goes_by_its_name(monkeypatch, capsys, folder):
+    monkeypatch.chdir(folder)
+    told = done(
+        monkeypatch, capsys, "capture", "emoji-sd", "prompts.txt", "--site", SITES[1], "--out", "store", "--images", 2,
+        "--batch-size", 2, "--call", '{"num_inference_steps": 2, "guidance_scale": 4}',
+    )  # fmt: skip
+    assert told.startswith(f"{SITES[1]}: 256 rows of width 128")
+
+
 def test_help_names_every_command(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["diffusers-sae", "--help"])
     with pytest.raises(SystemExit) as stop:
