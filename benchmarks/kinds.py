@@ -24,7 +24,7 @@ from diffusers_sae.evaluation.reconstruction import baselines, measure_on_store
 from diffusers_sae.saes import BatchTopKSAE, GatedSAE, JumpReLUSAE, MatryoshkaSAE, ReLUSAE, TopKSAE
 from diffusers_sae.training import TrainingConfig, train_on_store
 
-IMAGES, HELD_OUT, LATENTS, STEPS, ROWS = 288, 2, 1024, 800, 1024
+IMAGES, HELD_OUT, LATENTS, STEPS, ROWS = 288, 2, 1024, 500, 1024
 KS = (12, 24, 48)
 KINDS: dict[str, tuple[Any, dict[str, tuple[float, ...]]]] = {
     "TopK": (TopKSAE, {"k": KS}),

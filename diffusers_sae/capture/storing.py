@@ -124,7 +124,9 @@ def _told(value: Any) -> Any:
     """An argument of the pipeline as it stands in the manifest; images as their hash."""
     if isinstance(value, (int, float, str)):
         return value
-    if isinstance(value, Sequence) and len(value) and hasattr(value[0], "tobytes"):  # PIL or numpy
+    if hasattr(value, "as_told"):
+        value = value.as_told()
+    elif isinstance(value, Sequence) and len(value) and hasattr(value[0], "tobytes"):  # PIL or numpy
         return hashlib.sha256(b"".join(image.tobytes() for image in value)).hexdigest()
     return repr(value)
 
@@ -205,6 +207,8 @@ class _Writer:
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / MANIFEST).exists():
             old = read_manifest(folder)
+            if old["model"]["weights"] == about["model"]["weights"]:  # wherever it lies now
+                self._about = about = {**about, "model": old["model"]}
             for name, value in about.items():
                 if old.get(name) != value:
                     raise InputError(

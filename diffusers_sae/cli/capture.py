@@ -9,7 +9,9 @@ from typing import Annotated
 import typer
 
 from .configs import Config, record
+from .sources import Pictures, read_prompts
 
+STRENGTHS = [0.25, 0.5, 0.75, 1.0]
 EMBEDDED = "emoji-sd"
 """The pipeline that ships with the package."""
 
@@ -17,9 +19,14 @@ EMBEDDED = "emoji-sd"
 def capture(
     ctx: typer.Context,
     model: Annotated[str, typer.Argument(help="Folder or hub repository of a diffusers pipeline, or emoji-sd.")],
-    prompts: Annotated[Path, typer.Argument(help="Text file with one prompt a line.")],
+    prompts: Annotated[Path, typer.Argument(help="Text file with one prompt a line, or .csv or .jsonl.")],
     out: Annotated[Path, typer.Option(help="Folder; every site gets a folder in it.")],
     site: Annotated[list[str], typer.Option(help="Path of a site, such as unet.mid_block; once for each site.")],
+    column: Annotated[str, typer.Option(help="Column of the prompts in a .csv or .jsonl file.")] = "prompt",
+    pictures: Annotated[
+        Path | None, typer.Option(help="Folder of images, one for each prompt: noise is added, nothing is generated.")
+    ] = None,
+    strength: Annotated[list[float], typer.Option(help="Share of noise that pictures get; once for each.")] = STRENGTHS,
     images: Annotated[int | None, typer.Option(help="Images to generate; by default one for each prompt.")] = None,
     batch_size: Annotated[int, typer.Option(help="Images generated at a time.")] = 16,
     branch: Annotated[list[str], typer.Option(help="Guidance branch; once for each.")] = ["cond"],  # noqa: B006
@@ -33,6 +40,7 @@ def capture(
 ) -> None:
     """Generate images and keep what the sites hold. Stopped, it goes on where it was."""
     import torch
+    from diffusers import AutoPipelineForImage2Image
 
     from .. import SAESteeringPipeline
     from ..capture import StoreConfig, store_activations
@@ -45,7 +53,7 @@ def capture(
         raise InputError(
             f"call={call!r} is no JSON ({error}); pass such as '{{\"num_inference_steps\": 20}}'."
         ) from None
-    lines = [line for line in prompts.read_text().splitlines() if line.strip()]
+    lines = read_prompts(prompts, column)
     budget = None if max_gb is None else int(max_gb * 1e9)
     kept = StoreConfig(
         len(lines) if images is None else images, batch_size, tuple(branch), timesteps, places, dtype, budget, seed
@@ -55,6 +63,10 @@ def capture(
         model = str(MODELS / EMBEDDED)
     pipe = SAESteeringPipeline.from_pretrained(model, dtype=torch.float16 if cuda else torch.float32)
     pipe.set_progress_bar_config(disable=True)
+    if pictures is not None:
+        arguments |= {"images": Pictures(pictures), "strengths": strength}
+        pipe = SAESteeringPipeline.from_pipe(AutoPipelineForImage2Image.from_pipe(pipe))
+        pipe.set_progress_bar_config(disable=True)
     stores = store_activations(pipe.to("cuda") if cuda else pipe, site, lines, out, kept, **arguments)
     record(ctx, out)
     for path, store in stores.items():

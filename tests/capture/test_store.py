@@ -128,6 +128,14 @@ def test_a_finished_run_generates_nothing_anew(finished, tmp_path):
     assert files(tmp_path / "copy") == files(finished)
 
 
+def test_a_model_that_was_moved_is_the_same(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "copy")
+    pipe = Harness().pipe
+    pipe.register_to_config(_name_or_path="elsewhere")
+    stored(tmp_path / "copy", pipe=pipe)
+    assert files(tmp_path / "copy") == files(finished)
+
+
 def another_unet():
     harness = Harness()
     torch.manual_seed(5)

@@ -6,9 +6,11 @@ import sys
 import pytest
 import torch
 from conftest import SITE, Harness
+from PIL import Image
 
-from diffusers_sae import TopKSAE, cli
+from diffusers_sae import InputError, TopKSAE, cli
 from diffusers_sae.capture import StoreConfig, store_activations
+from diffusers_sae.cli.sources import read_prompts
 from diffusers_sae.demo.shipped import CALL as CALL_OF_EMOJI_SD
 from diffusers_sae.demo.shipped import SITES, load_pipeline
 from diffusers_sae.demo.world import sample_captions
@@ -153,6 +155,42 @@ def test_the_embedded_pipeline_goes_by_its_name(monkeypatch, capsys, folder):
     assert told.startswith(f"{SITES[1]}: 256 rows of width 128")
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("p.csv", 'id,words\n1,"a, b"\n2,cd\n'),
+        ("p.jsonl", '{"id": 1, "words": "a, b"}\n\n{"id": 2, "words": "cd"}\n'),
+        ("p.txt", "a, b\n\ncd\n"),
+    ],
+)
+def test_prompts_from_a_column(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    assert read_prompts(tmp_path / name, "words") == ["a, b", "cd"]
+    if name != "p.txt":
+        with pytest.raises(InputError, match=f"Row 1 of .*{name} has no text in the column 'prompt'; it has id, words"):
+            read_prompts(tmp_path / name, "prompt")
+
+
+def test_pictures_with_noise(monkeypatch, capsys, folder):
+    monkeypatch.chdir(folder)
+    (folder / "pictures").mkdir()
+    command = (
+        "capture", "model", "prompts.txt", "--site", SITE, "--out", "store", "--images", 3, "--batch-size", 2,
+        "--pictures", "pictures", "--strength", 0.5, "--strength", 1,
+        "--call", '{"num_inference_steps": 4, "guidance_scale": 5.0}',
+    )  # fmt: skip
+    code, shown = run(monkeypatch, capsys, *map(str, command))
+    assert code == 2 and "pictures holds no pictures; put .png" in shown
+    for i in range(3):
+        Image.new("RGB", (16, 16), (60 * i, 90, 10)).save(folder / "pictures" / f"{i}.png")
+    told = done(monkeypatch, capsys, *command)
+    assert told.startswith(f"{SITE}: 384 rows of width 8")  # 3 pictures at 2 strengths of 64 places
+    assert done(monkeypatch, capsys, *command) == told
+    Image.new("RGB", (16, 16), (1, 1, 1)).save(folder / "pictures" / "0.webp")
+    code, shown = run(monkeypatch, capsys, *map(str, command))
+    assert code == 2 and "holds activations of another run" in shown
+
+
 def test_help_names_every_command(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["diffusers-sae", "--help"])
     with pytest.raises(SystemExit) as stop:
@@ -169,8 +207,6 @@ def test_a_mistake_is_one_sentence(monkeypatch, capsys):
 
 
 def test_debug_shows_where_it_arose(monkeypatch):
-    from diffusers_sae import InputError
-
     monkeypatch.setattr(sys, "argv", ["diffusers-sae", "evaluate", "--parts", "luck", "--debug"])
     with pytest.raises(InputError, match="'luck' is not a part"):
         cli.main()
