@@ -1,6 +1,6 @@
 """FVU over L0 for every kind of SAE on the embedded model: `python benchmarks/kinds.py`.
 
-Captures activations of both sites once, trains each kind at three strengths of sparsity for equal steps, and measures
+Captures activations of both sites once, trains each kind at three degrees of sparsity for equal steps, and measures
 on rows held out. Writes `benchmarks/results/kinds.json` and `kinds.png`. A stopped run goes on where it was.
 """
 
@@ -26,22 +26,23 @@ from diffusers_sae.training import TrainingConfig, train_on_store
 
 IMAGES, HELD_OUT, LATENTS, STEPS, ROWS = 288, 2, 1024, 500, 1024
 KS = (12, 24, 48)
-KINDS: dict[str, tuple[Any, dict[str, tuple[float, ...]]]] = {
+KINDS: dict[str, tuple[Any, dict[str, tuple[Any, ...]]]] = {
     "TopK": (TopKSAE, {"k": KS}),
     "BatchTopK": (BatchTopKSAE, {"k": KS}),
     "Matryoshka": (MatryoshkaSAE, {"k": KS}),
-    "JumpReLU": (JumpReLUSAE, {"sparsity": (0.15, 0.4, 1.0)}),
-    "gated": (GatedSAE, {"sparsity": (0.1, 0.25, 0.6)}),
-    "ReLU": (ReLUSAE, {"sparsity": (0.1, 0.25, 0.6)}),
+    "JumpReLU": (JumpReLUSAE, {"threshold": (0.4, 0.8, 1.6)}),
+    "gated": (GatedSAE, {"sparsity": (1.3, 2.5, 4.5)}),
+    "ReLU": (ReLUSAE, {"sparsity": (1.0, 1.7, 2.5)}),
 }
 
 
-def trained(store: ActivationStore, kind: str, knob: str, value: float, folder: Path) -> dict[str, Any]:
+def trained(store: ActivationStore, kind: str, knob: str, value: Any, folder: Path) -> dict[str, Any]:
     cls = KINDS[kind][0]
-    config = TrainingConfig(STEPS, ROWS, lr=4e-3, sparsity=value if knob == "sparsity" else 1.0, decay=0.8)
+    sparsity = value if knob == "sparsity" else 1.0
+    config = TrainingConfig(STEPS, ROWS, lr=4e-3, sparsity=sparsity, decay=0.8, dead_after=25_000)
     sae = train_on_store(
         store.part(stop=-HELD_OUT),
-        lambda width: cls(width, LATENTS, int(value)) if knob == "k" else cls(width, LATENTS),
+        lambda width: cls(width, LATENTS) if knob == "sparsity" else cls(width, LATENTS, **{knob: value}),
         folder,
         config,
     )
