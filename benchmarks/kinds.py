@@ -51,7 +51,7 @@ def trained(store: ActivationStore, kind: str, knob: str, value: Any, folder: Pa
 
 
 def draw(figures: dict[str, Any], path: Path) -> None:
-    figure, axes = plt.subplots(2, len(SITES), figsize=(11, 7), layout="constrained", height_ratios=(3, 1), sharex=True)
+    figure, axes = plt.subplots(2, len(SITES), figsize=(13, 7), layout="constrained", height_ratios=(3, 1), sharex=True)
     for (above, below), site in zip(axes.T, SITES, strict=True):
         for kind, points in figures["sites"][site]["kinds"].items():
             points = sorted(points, key=lambda p: p["l0"])
@@ -59,13 +59,13 @@ def draw(figures: dict[str, Any], path: Path) -> None:
             below.plot([p["l0"] for p in points], [100 * p["dead"] for p in points], marker="o")
         others = figures["sites"][site]["baselines"]
         for name, label in (("pca", "PCA of that rank"), ("random", "random directions, TopK")):
-            values = [others[k][name] for k in KS]
+            values = [others[str(k)][name] for k in KS]
             above.plot(KS, values, ls="--" if name == "pca" else ":", color="grey", label=label)
         above.set(title=site, ylabel="FVU, rows held out", xscale="log", yscale="log")
         below.set(xlabel="L0", ylabel="dead, %")
         below.axhline(1, ls=":", color="grey")
         below.set_ylim(bottom=0)
-    axes[0, 0].legend()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper")
     figure.suptitle(f"{LATENTS:,} latents, {STEPS} steps of {ROWS:,} rows")
     figure.savefig(path, dpi=90)
 
@@ -86,7 +86,7 @@ def main() -> None:
         )
         found = figures["sites"][site] = {
             "rows": len(seen),
-            "baselines": {k: baselines(seen, held, k, LATENTS) for k in KS},
+            "baselines": {str(k): baselines(seen, held, k, LATENTS) for k in KS},
             "kinds": {},
         }
         for kind, (_, knobs) in KINDS.items():
