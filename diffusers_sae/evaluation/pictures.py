@@ -33,7 +33,7 @@ def draw_sae(folder: Path, path: Path) -> dict[str, Any]:
         panels.append(partial(_draw_training, steps=[json.loads(line) for line in log.read_text().splitlines()]))
     if held_out.is_file():
         figures = json.loads(held_out.read_text())
-        told |= {key: value for key, value in figures.items() if key != "fvu_by_timestep"}
+        told |= {key: value for key, value in figures.items() if key not in ("fvu_by_timestep", "density")}
         panels.append(partial(_draw_timesteps, figures=figures))
     if statistics is not None:
         told["never_fired"] = int(statistics.dead.sum())
