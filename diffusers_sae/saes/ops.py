@@ -96,7 +96,7 @@ def largest_of_all(pre: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.T
     A sample of the entries tells above which value to look; if that leaves too few, all are sorted.
     """
     flat = pre.flatten()
-    stride = max(1, len(flat) // 2**18) | 1  # odd, so that it meets all latents
+    stride = max(1, len(flat) // 2**18) | 1  # odd, so that it does not keep to a few latents
     sample = flat[::stride]
     rank = min(len(sample), 2 * count // stride + 64)
     bound = sample.topk(rank, sorted=True).values[-1]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -78,8 +77,8 @@ class SAETrainer:
     Rows are scaled so that their mean square distance from the centre is `d`; `finish` folds the scale back into the
     biases, which suffices since every architecture here is positively homogeneous.
 
-    Under `accelerate launch` each process takes its part of every batch, and all make the step of the whole batch. What
-    BatchTopK keeps is then chosen among the rows of each process.
+    Under `accelerate launch` or torchrun each process takes its part of every batch, and all make the step of the whole
+    batch. What BatchTopK keeps is then chosen among the rows of each process.
     """
 
     def __init__(
@@ -227,13 +226,6 @@ class SAETrainer:
         self.rows_since_fired = state["rows_since_fired"].to(self.device)
         if self.average:
             self.average.load_state_dict(state["average"])
-
-    @classmethod
-    def from_state(cls, state: dict[str, Any], make_sae: Callable[[int], SparseAutoencoder]) -> SAETrainer:
-        """A trainer in that state; `make_sae` gives a new SAE of a width."""
-        trainer = cls(make_sae(state["sae"]["b_dec"].numel()), TrainingConfig(**state["config"]), None)
-        trainer.load_state_dict(state)
-        return trainer
 
 
 def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
