@@ -46,8 +46,8 @@ class ReconstructionMeter:
         """Take in rows `(..., d)` seen at one timestep; returns their code, `(N, k)`."""
         x = x.reshape(-1, x.shape[-1])
         code = self.sae.encode_sparse(x)
-        x_hat = self.sae.decode_sparse(code)
-        active, exact, error = code.values > 0, x.double(), (x - x_hat).double()
+        x_hat = self.sae.restored(self.sae.decode_sparse(code), x)
+        active, exact, error = code.values != 0, x.double(), (x - x_hat).double()
         self._fired += torch.bincount(code.indices[active].cpu(), minlength=len(self._fired))
         seen = _Sums(
             rows=len(x),

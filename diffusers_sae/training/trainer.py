@@ -14,7 +14,7 @@ from diffusers.training_utils import EMAModel
 
 from ..errors import InputError
 from ..machine import keep_freed_memory
-from ..saes import SparseAutoencoder
+from ..saes import JumpReLUSAE, SparseAutoencoder
 from .losses import aux_k_loss
 from .objectives import objective
 from .resampling import resample
@@ -97,6 +97,8 @@ class SAETrainer:
         keep_freed_memory()  # gradients are as large as the weights and come anew each step
         self.processes = accelerator.num_processes if accelerator else 1
         self.device = accelerator.device if accelerator else sae.b_dec.device
+        if sae.input_norm is not None:
+            raise InputError(f"SAEs with input_norm={sae.input_norm!r} are read, not trained; leave it out.")
         if config.resample_every and self.processes > 1:
             raise InputError("resample_every works in one process; leave it out, as AuxK revives dead latents too.")
         self.sae, self.config = sae, config
@@ -156,6 +158,8 @@ class SAETrainer:
         self.optimizer.zero_grad()
         with torch.no_grad():
             sae.W_dec.div_(torch.linalg.vector_norm(sae.W_dec, dim=-1, keepdim=True))
+            if isinstance(sae, JumpReLUSAE):
+                sae.threshold.clamp_(min=0)
             if found.threshold is not None:
                 sae.threshold.copy_(self._reduced(found.threshold, "MIN"))
         self.rows_since_fired += len(x) * self.processes
