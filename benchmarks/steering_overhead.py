@@ -207,7 +207,7 @@ def child(file: Path) -> None:
 
     A small dictionary goes first, so that what every first use loads (modules, threads) is not counted.
     """
-    from diffusers_sae.loaders import load_source
+    from diffusers_sae.loaders import load_sae
 
     def told(name: str) -> dict[str, str]:
         return dict(line.split(":", 1) for line in Path("/proc/self", name).read_text().splitlines())
@@ -216,7 +216,7 @@ def child(file: Path) -> None:
         return 1024 * int(told("status")[kind].split()[0])
 
     def steer(file: Path) -> None:
-        sae, _ = load_source(file, config={"k": K})
+        sae = load_sae(file, config={"k": K})
         edit = make_edit(dict.fromkeys(range(0, sae.n_latents, sae.n_latents // 10), 2.0), sae)
         prepare(edit, sae, None, Context(), None, torch.device("cpu"))
 

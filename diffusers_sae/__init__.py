@@ -1,6 +1,7 @@
 """Sparse autoencoders for every Hugging Face diffusers pipeline: find concepts, turn them, measure and share them."""
 
 from .errors import InputError
+from .loaders import load_sae
 from .pipelines import SAESteeringMixin, SAESteeringPipeline
 from .rules import Rule
 from .saes import (
@@ -32,5 +33,6 @@ __all__ = [
     "StrengthMap",
     "StrengthTable",
     "TopKSAE",
+    "load_sae",
 ]
 __version__ = "0.1.0"

@@ -114,6 +114,8 @@ def make_edit(
         )
     if unit != "raw" and statistics is None:
         raise InputError(f"unit={unit!r} needs the SAE's statistics, and none lie beside it; use unit='raw'.")
+    if unit != "raw" and statistics is not None:
+        _check_known(statistics, unit, [sae.checked_feature(f) for f in features])
     return Edit(
         tuple(sae.checked_feature(f) for f in features),
         tuple(checked_strength(f, s) for f, s in features.items()),
@@ -127,6 +129,12 @@ def make_edit(
         () if tokens is None else checked_tokens(tokens),
         bool(preserve_norm),
     )
+
+
+def _check_known(statistics: LatentStatistics, unit: str, features: list[int]) -> None:
+    for j in features:
+        if not torch.isfinite(getattr(statistics, unit)[:, j]).all():
+            raise InputError(f"The statistics of the SAE do not tell the {unit} of latent {j}; use another unit.")
 
 
 def check_fits(edit: Edit, site: Site) -> None:

@@ -17,7 +17,7 @@ from .edits import Edit
 from .errors import InputError
 from .prepared import PreparedEdit
 from .rules import Decision
-from .saes import LatentStatistics, SparseAutoencoder
+from .saes import SparseAutoencoder
 from .sites import LAYOUTS, Site, grid_of, input_of, tensor_of, with_input, with_tensor
 
 
@@ -28,7 +28,6 @@ class LoadedSAE:
     name: str
     sae: SparseAutoencoder
     site: Site
-    statistics: LatentStatistics | None = None
     enabled: bool = True
     edits: list[Edit] = field(default_factory=list)
     prepared: list[PreparedEdit] = field(default_factory=list)

@@ -21,7 +21,7 @@ from .edits import check_fits, make_edit
 from .errors import InputError
 from .families import check_supported
 from .hooks import CaptureHook, LoadedSAE
-from .loaders import Source, load_source
+from .loaders import Source, load_sae
 from .recipes import edits_of, read_json, recipe_of
 from .rules import Rule, checked_rule
 from .saes import SparseAutoencoder
@@ -76,9 +76,9 @@ class SAESteeringMixin:
             )
         source = pretrained_model_name_or_path_or_dict
         if isinstance(source, SparseAutoencoder):
-            sae, statistics = source, None
+            sae = source
         else:
-            sae, statistics = load_source(
+            sae = load_sae(
                 source, subfolder=subfolder, weight_name=weight_name, revision=revision, token=token,
                 config=config, **hub_kwargs,
             )  # fmt: skip
@@ -95,7 +95,7 @@ class SAESteeringMixin:
                 "load an SAE that was trained at this site."
             )
         _warn_of_other_origin(self, sae, where)
-        self._steering.add(LoadedSAE(name, sae.eval().requires_grad_(False), where, statistics), place)
+        self._steering.add(LoadedSAE(name, sae.eval().requires_grad_(False), where), place)
 
     def steer(
         self,
@@ -137,7 +137,7 @@ class SAESteeringMixin:
             when = checked_rule(when, watched.name, watched.sae)
         edit = make_edit(
             features, one.sae, mode=mode, start=start, stop=stop, branch=branch, mask=mask, unit=unit,
-            when=when, tokens=tokens, preserve_norm=preserve_norm, statistics=one.statistics,
+            when=when, tokens=tokens, preserve_norm=preserve_norm, statistics=one.sae.statistics,
         )  # fmt: skip
         check_fits(edit, one.site)
         one.edits.append(edit)

@@ -153,7 +153,7 @@ def _read(written: Mapping[str, Any], loaded: Mapping[str, LoadedSAE]) -> Edit:
         one.sae,
         mask=mask,
         when=_rule(written["when"], loaded) if written.get("when") else None,
-        statistics=one.statistics,
+        statistics=one.sae.statistics,
         **given,
     )
 

@@ -154,7 +154,7 @@ class SteeringState:
             if one.context is not root.context:
                 continue
             one.prepared = [
-                prepare(edit, one.sae, one.statistics, root.context, self._decisions.get(edit.when), device)
+                prepare(edit, one.sae, one.sae.statistics, root.context, self._decisions.get(edit.when), device)
                 for edit in (one.edits if one.enabled else [])
             ]
             if one.decisions or any(e.edit.operation.needs_code for e in one.prepared):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import InputError
-from ..loaders import load_source
+from ..loaders import load_sae
 from ..saes import LatentStatistics
 
 
@@ -25,7 +25,8 @@ def draw_sae(folder: Path, path: Path) -> dict[str, Any]:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    sae, statistics = load_source(folder)
+    sae = load_sae(folder)
+    statistics = sae.statistics
     log, held_out = folder / "training" / "log.jsonl", folder / "held_out.json"
     told: dict[str, Any] = {"kind": type(sae).__name__, "latents": sae.n_latents, "width": sae.d_in}
     panels: list[Callable[[Any], None]] = []

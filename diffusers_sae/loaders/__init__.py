@@ -1,170 +1,214 @@
-"""Finding, checking and reading SAE weights: a hub repository, a folder, a file, or a state dict."""
+"""Finding, checking and reading SAEs: from a hub repository, a folder, a file, or a state dict."""
 
 from __future__ import annotations
 
-import json
 import os
-import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
-from ..checksums import verify_checksums
+from ..checksums import sha256, verify_checksums
 from ..errors import InputError
-from ..saes import ARCHITECTURES, LatentStatistics, SparseAutoencoder
+from ..saes import LatentStatistics, SparseAutoencoder
+from .formats import format_of
+from .known import record_of, told_by
+from .reading import BROKEN, is_weights, read_config, read_file, unreadable
 from .stored import stored_tensors
+from .weights import Weights
 
 Source = str | os.PathLike | Mapping[str, torch.Tensor] | SparseAutoencoder
-COMPANIONS = ("statistics.safetensors", "concepts.safetensors", "detectors.safetensors")
-"""What lies beside an SAE's weights and is none of them."""
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+NAMES = (
+    WEIGHTS, "sae.safetensors", "sae_weights.safetensors", "model.safetensors", "state_dict.pth", "state_dict.pt",
+    "ae.pt", "sae.pt", "model.pt", "weights.pt",
+)  # fmt: skip
+"""What weights files are called, from the most to the least preferred."""
+COMPANIONS = {
+    "statistics.safetensors", "concepts.safetensors", "detectors.safetensors", "sparsity.safetensors", "mean.pt",
+    "std.pt", "optimizer.pt", "optimizer.pth", "merged_feature_sums.pt", "base_embeds.pt", "zero_embed.pt",
+}  # fmt: skip
+"""What lies beside an SAE's weights and is none of them."""
 LARGE = 2**28
 """Bytes from which on a file is left on disk until all of it is needed."""
 
 
-def load_source(
+class Found(NamedTuple):
+    """Where an SAE was found: its folder here, and the repository that it came from."""
+
+    folder: Path
+    repository: str | None = None
+    subfolder: str = ""
+
+
+def load_sae(
     source: str | os.PathLike | Mapping[str, torch.Tensor],
-    *,
     subfolder: str | None = None,
     weight_name: str | None = None,
     config: Mapping[str, Any] | None = None,
+    variant: str | None = None,
     **hub_kwargs: Any,
-) -> tuple[SparseAutoencoder, LatentStatistics | None]:
-    """Read an SAE and, if they lie beside it, its statistics; raises `InputError` if it cannot be trusted or read."""
+) -> SparseAutoencoder:
+    """Read an SAE of any known layout, with its statistics if they lie beside it.
+
+    Args:
+        source: hub repository, folder, weights file, or state dict.
+        subfolder: of the repository or folder; or the authors' nickname of one, for repositories that are known.
+        weight_name: the weights file, where there are several.
+        config: what the files leave out (`{"k": 32}`), or a layout (`{"format": "sparsify"}`).
+        variant: as in diffusers' loaders, `fp16` for `....fp16.safetensors`.
+        hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, ... of `huggingface_hub.snapshot_download`.
+
+    Raises:
+        InputError: it is not there, cannot be trusted, was altered or cut off, or does not say what is needed.
+    """
     if isinstance(source, Mapping):
-        return build({key: tensor.clone() for key, tensor in source.items()}, config or {}, "The state dict"), None
+        held = {key: tensor.clone() for key, tensor in source.items()}
+        return _made(Weights(held, config or {}, "The state dict"))
     path = Path(source)
     if path.is_file():
-        folder, weight_name = path.parent, path.name
+        found, weight_name = Found(path.parent), path.name
+    elif path.is_dir():
+        found = Found(path / (subfolder or ""))
     else:
-        folder = (path if path.is_dir() else download(str(source), subfolder, hub_kwargs)) / (subfolder or "")
-    if not folder.is_dir():
-        raise InputError(f"{folder} does not exist; its parent holds {_subfolders(folder.parent)}.")
+        found = download(str(source), subfolder, hub_kwargs)
+    if not found.folder.is_dir():
+        raise InputError(f"{found.folder} does not exist; its parent holds {_subfolders(found.folder.parent)}.")
+    return _from_folder(found, weight_name, config or {}, variant)
+
+
+def _from_folder(
+    found: Found, weight_name: str | None, config: Mapping[str, Any], variant: str | None
+) -> SparseAutoencoder:
+    folder = found.folder
     verify_checksums(folder, below=LARGE)
-    file = folder / (weight_name or _weights_in(folder))
-    arguments = {**read_config(folder), **(config or {})}
+    file = folder / (weight_name or _weights_in(folder, variant))
+    told = {**read_config(folder), **config}
     if file.suffix == ".safetensors" and file.is_file() and file.stat().st_size >= LARGE:
-        return open_lazily(folder, file, arguments), LatentStatistics.load(folder)
-    return build(read_tensors(file), arguments, str(file)), LatentStatistics.load(folder)
+        sae, digest = _left_on_disk(file, told), None
+    else:
+        tensors, beside = read_file(file)
+        sae = _made(Weights(tensors, {**beside, **told}, str(file), folder))
+        digest = sha256(file)
+    statistics = LatentStatistics.load(folder)
+    sae.statistics = sae.statistics if statistics is None else statistics
+    if "_class_name" not in told:
+        _remember(sae, found, file, digest)
+    return sae
 
 
-def open_lazily(folder: Path, file: Path, config: Mapping[str, Any]) -> SparseAutoencoder:
+def _made(weights: Weights) -> SparseAutoencoder:
+    sae = format_of(weights).read(weights)
+    if "provenance" in weights.config and not sae.provenance:
+        sae.register_to_config(provenance=dict(weights.config["provenance"]))
+    return sae
+
+
+def _left_on_disk(file: Path, config: Mapping[str, Any]) -> SparseAutoencoder:
     """An SAE whose weights stay in the file; what needs them all reads, and checks, them then."""
     try:
-        tensors = stored_tensors(file)
-    except (OSError, ValueError, TypeError, LookupError) as error:
-        raise _unreadable(file, error) from None
-    sae = _described({key: tensor.shape for key, tensor in tensors.items()}, config, str(file))
+        stored = stored_tensors(file)
+    except BROKEN as error:
+        raise unreadable(file, error) from None
+    shapes = {name: torch.empty(each.shape, dtype=each.dtype, device="meta") for name, each in stored.items()}
+    layout = format_of(Weights(shapes, config, str(file), file.parent))
+    if layout.rows is None:
+        return _made(Weights(read_file(file)[0], config, str(file), file.parent))
+    sae = layout.read(Weights(shapes, config, str(file), file.parent))
+    rows = stored[layout.rows]
 
     def read() -> Mapping[str, torch.Tensor]:
-        verify_checksums(folder)
-        return build(read_tensors(file), config, str(file)).state_dict()
+        verify_checksums(file.parent)
+        return layout.read(Weights(read_file(file)[0], config, str(file), file.parent)).state_dict()
 
     def read_rows(features: Sequence[int]) -> torch.Tensor:
-        found = tensors["W_dec"].rows(features).float()
+        found = rows.rows(features).float()
         if not torch.isfinite(found).all():
             raise InputError(f"{file} has weights that are not finite; fetch or train the SAE again.")
         return found
 
+    if tuple(rows.shape) != (sae.n_latents, sae.d_in):  # it lies the other way
+        return _made(Weights(read_file(file)[0], config, str(file), file.parent))
     sae.read_later(read, read_rows)
     return sae
 
 
-def download(repository: str, subfolder: str | None, hub_kwargs: Mapping[str, Any]) -> Path:
-    """Fetch the repository, or one folder of it, and return where it lies."""
+def _remember(sae: SparseAutoencoder, found: Found, file: Path, digest: str | None) -> None:
+    """Write into an SAE of others where it came from, and what is known of that place."""
+    provenance = {**sae.provenance}
+    if found.repository is not None:
+        record = record_of(found.repository)
+        if record is not None:
+            provenance = {**told_by(record, found.repository, found.subfolder), **provenance}
+        revision = next((p.name for p in file.parents if p.parent.name == "snapshots"), None)
+        provenance |= {"repository": found.repository, "subfolder": found.subfolder, "revision": revision}
+    provenance["file"] = file.name
+    if digest is not None:
+        provenance["sha256"] = digest
+    sae.register_to_config(provenance=provenance)
+
+
+def download(repository: str, subfolder: str | None, hub_kwargs: Mapping[str, Any]) -> Found:
+    """Fetch one folder of a repository, or what lies at its root."""
+    record = record_of(repository)
+    nicknames = record.nicknames if record else {}
+    if subfolder is None and nicknames:
+        raise InputError(f"{repository} holds several SAEs; pass subfolder, one of {', '.join(nicknames)}.")
+    wanted = nicknames.get(subfolder or "", subfolder)
+    only: dict[str, Any] = {"allow_patterns": [f"{wanted}/*"]} if wanted else {"ignore_patterns": ["*/*"]}
     try:
-        return Path(snapshot_download(repository, allow_patterns=f"{subfolder}/*" if subfolder else None, **hub_kwargs))
+        root = Path(snapshot_download(repository, **only, **hub_kwargs))
     except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
             f"{repository!r} is no folder or file here and could not be fetched from the hub ({reason}); "
             "check the name, the network and the token."
         ) from error
+    if wanted and subfolder in nicknames:
+        return _the_one(root, wanted, repository)
+    return Found(root / (subfolder or ""), repository, subfolder or "")
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The folder's `config.json`, or nothing where there is none."""
-    file = folder / "config.json"
-    try:
-        return json.loads(file.read_text()) if file.is_file() else {}
-    except ValueError as error:
-        raise InputError(f"{file} cannot be read ({error}); fetch or save the SAE again.") from None
+def _the_one(root: Path, pattern: str, repository: str) -> Found:
+    """The only folder of that pattern, or in it, that holds weights."""
+    folders = sorted({file.parent for file in root.glob(f"{pattern}/**/*") if is_weights(file)})
+    if len(folders) == 1:
+        subfolder = folders[0].relative_to(root).as_posix()
+        return Found(folders[0], repository, subfolder)
+    names = ", ".join(folder.relative_to(root).as_posix() for folder in folders) or "none"
+    raise InputError(
+        f"{repository} has {len(folders)} folders {pattern} with weights ({names}); pass one as subfolder."
+    )
 
 
-def read_tensors(file: Path) -> Mapping[str, torch.Tensor]:
-    """Tensors of a safetensors file, or of a torch file that the weights-only loader accepts."""
-    if not file.is_file():
-        raise InputError(f"{file} does not exist; pass weight_name, the name of the weights file in that folder.")
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        tensors = torch.load(file, weights_only=True, map_location="cpu")
-    except pickle.UnpicklingError:
-        raise InputError(
-            f"{file} is a pickle that could run code, so it was not read; convert it to safetensors where you trust it."
-        ) from None
-    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
-        raise _unreadable(file, error) from None
-    return tensors.get("state_dict", tensors)
-
-
-def _unreadable(file: Path, error: Exception) -> InputError:
-    return InputError(f"{file} cannot be read ({error}); it is truncated or no weights file: fetch it again.")
-
-
-def build(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], origin: str) -> SparseAutoencoder:
-    """An SAE from its tensors and its config; raises `InputError` unless they agree."""
-    sae = _described({key: tuple(tensor.shape) for key, tensor in tensors.items()}, config, origin)
-    own = {key: tensors[key].detach().float() for key in sae.state_dict()}
-    if not all(torch.isfinite(tensor).all() for tensor in own.values()):
-        raise InputError(f"{origin} has weights that are not finite; fetch or train the SAE again.")
-    sae.load_state_dict(own, assign=True)
-    return sae
-
-
-def _described(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], origin: str) -> SparseAutoencoder:
-    """The SAE that a config and the shapes of its tensors tell of, without weights (on the meta device)."""
-    name = config.get("_class_name", "TopKSAE")
-    if name not in ARCHITECTURES:
-        raise InputError(f"{origin} is a {name}, which is not known; known are {', '.join(ARCHITECTURES)}.")
-    if len(shapes.get("W_dec", ())) != 2:
-        raise InputError(f"{origin} has no matrix W_dec (latents, width), whose rows are the features' directions.")
-    n, d = shapes["W_dec"]
-    arguments = {k: v for k, v in config.items() if not k.startswith("_")} | {"d_in": d, "n_latents": n}
-    try:
-        with torch.device("meta"):
-            sae = ARCHITECTURES[name](**arguments)
-    except TypeError as error:
-        raise InputError(
-            f"{origin} cannot be made a {name} ({error}); pass what is missing as config={{...}}."
-        ) from None
-    wanted = {key: tuple(tensor.shape) for key, tensor in sae.state_dict().items()}
-    missing = [key for key in wanted if key not in shapes]
-    if missing:
-        raise InputError(f"{origin} has no {', '.join(missing)}; a {name} has the tensors {', '.join(wanted)}.")
-    for key, shape in wanted.items():
-        if shapes[key] != shape:
-            raise InputError(f"{origin} has a {key} of shape {shapes[key]}; with W_dec ({n}, {d}) it must be {shape}.")
-    return sae
-
-
-def _weights_in(folder: Path) -> str:
-    files = sorted(p.name for p in folder.glob("*.safetensors") if p.name not in COMPANIONS)
-    if WEIGHTS in files:
-        return WEIGHTS
-    if len(files) == 1:
-        return files[0]
-    if files:
-        raise InputError(f"{folder} holds several weights files ({', '.join(files)}); pass weight_name.")
+def _weights_in(folder: Path, variant: str | None) -> str:
+    files = sorted(p.name for p in folder.iterdir() if is_weights(p) and p.name not in COMPANIONS)
+    names = [_variant_of(name, variant) for name in NAMES]
+    preferred = [name for name in names if name in files]
+    if preferred:
+        return preferred[0]
+    if variant is not None:
+        raise InputError(f"{folder} holds no weights of variant {variant!r}; it holds {', '.join(files) or 'none'}.")
+    for suffix in (".safetensors", ""):
+        fitting = [name for name in files if name.endswith(suffix)]
+        if len(fitting) == 1:
+            return fitting[0]
+        if fitting:
+            raise InputError(f"{folder} holds several weights files ({', '.join(fitting)}); pass weight_name.")
     raise InputError(f"{folder} holds no SAE; pass subfolder, one of: {_subfolders(folder)}.")
+
+
+def _variant_of(name: str, variant: str | None) -> str:
+    stem, suffix = os.path.splitext(name)
+    return f"{stem}.{variant}{suffix}" if variant else name
 
 
 def _subfolders(folder: Path) -> str:
     names = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
     return ", ".join(names) or "none"
+
+
+__all__ = ["LARGE", "Source", "load_sae"]

@@ -155,7 +155,7 @@ def test_a_repository_that_is_not_there(sd):
 
 def test_tensors_that_do_not_agree(sd, sae):
     state = dict(sae.state_dict())
-    refuse(sd, "has a W_enc of shape (8, 32)", {**state, "W_enc": state["W_enc"].T}, site=SITE, config={"k": 4})
+    refuse(sd, "is of no known layout", {**state, "W_enc": state["W_enc"].T}, site=SITE, config={"k": 4})
     refuse(sd, "weights that are not finite", {**state, "b_enc": state["b_enc"] / 0}, site=SITE, config={"k": 4})
     refuse(sd, "has no b_dec", {k: v for k, v in state.items() if k != "b_dec"}, site=SITE, config={"k": 4})
     refuse(sd, "cannot be made a TopKSAE", state, site=SITE)

@@ -6,7 +6,7 @@ import torch
 from conftest import SITE, Harness
 
 from diffusers_sae import Directions, InputError
-from diffusers_sae.loaders import load_source
+from diffusers_sae.loaders import load_sae
 
 
 @pytest.fixture
@@ -45,11 +45,11 @@ def test_saved_and_loaded(directions, tmp_path):
     one = Directions.of(directions, site={"path": SITE}, made_from="a probe")
     one.save_pretrained(tmp_path)
     x = torch.randn(4, 5, 8)
-    state = load_source({"W_dec": directions}, config={"_class_name": "Directions"})[0]
-    for again in (Directions.from_pretrained(tmp_path), load_source(tmp_path)[0], state):
+    state = load_sae({"W_dec": directions}, config={"_class_name": "Directions"})
+    for again in (Directions.from_pretrained(tmp_path), load_sae(tmp_path), state):
         assert torch.equal(again.encode(x), one.encode(x))
         torch.testing.assert_close(again.decode_sparse(again.encode_sparse(x)), again.decode(again.encode(x)))
-    assert load_source(tmp_path)[0].provenance["made_from"] == "a probe"
+    assert load_sae(tmp_path).provenance["made_from"] == "a probe"
 
 
 def test_a_recipe_round_trip(directions, tmp_path):

@@ -8,7 +8,7 @@ from kinds import ARGUMENTS, KINDS, READ_ONLY, of_kind
 from reference import codes, edited, normalized
 
 from diffusers_sae import InputError
-from diffusers_sae.loaders import load_source
+from diffusers_sae.loaders import load_sae
 from diffusers_sae.saes import GatedSAE, JumpReLUSAE, MatryoshkaSAE, ReLUSAE, TopKSAE
 
 
@@ -67,7 +67,7 @@ def test_an_sae_of_scaled_rows(trained, factor):
 def test_saved_and_loaded_bit_by_bit(kind, tmp_path):
     kind.save_pretrained(tmp_path)
     x = torch.randn(5, 8)
-    for again in (type(kind).from_pretrained(tmp_path), load_source(tmp_path)[0]):
+    for again in (type(kind).from_pretrained(tmp_path), load_sae(tmp_path)):
         assert type(again) is type(kind) and again.provenance == kind.provenance
         assert set(again.state_dict()) == set(kind.state_dict())
         assert all(torch.equal(a, kind.state_dict()[name]) for name, a in again.state_dict().items())
@@ -94,11 +94,11 @@ def test_weights_that_do_not_fit(tmp_path):
     state = of_kind("JumpReLUSAE", {}).state_dict()
     config = {"_class_name": "JumpReLUSAE"}
     with pytest.raises(InputError, match="has no threshold; a JumpReLUSAE has the tensors W_dec"):
-        load_source({k: v for k, v in state.items() if k != "threshold"}, config=config)
+        load_sae({k: v for k, v in state.items() if k != "threshold"}, config=config)
     with pytest.raises(InputError, match=r"has a threshold of shape \(3,\); with W_dec \(32, 8\) it must be \(32,\)"):
-        load_source({**state, "threshold": torch.zeros(3)}, config=config)
+        load_sae({**state, "threshold": torch.zeros(3)}, config=config)
     with pytest.raises(InputError, match="not finite"):
-        load_source({**state, "threshold": state["threshold"] / 0}, config=config)
+        load_sae({**state, "threshold": state["threshold"] / 0}, config=config)
 
 
 @pytest.mark.parametrize("prefixes", [[], [4, 4, 32], [8, 4, 32], [0, 32], [4, 16]])

@@ -1,0 +1,30 @@
+"""RE-N-Y (cc3m-...): TopK of `ReLU(encoder(x - bias))`; `{features, pages, k}` in its config."""
+
+from __future__ import annotations
+
+from ...saes import SparseAutoencoder
+from ..weights import Weights, build
+from .base import Format
+
+NAMES = ("encoder.weight", "encoder.bias", "decoder.weight", "bias")
+"""dictionary_learning's ReLU SAEs have the same; their config has a `trainer`, and no `k`."""
+
+
+def _recognizes(weights: Weights) -> bool:
+    return weights.only(*NAMES) and "trainer" not in weights.config and "dict_class" not in weights.config
+
+
+def _read(weights: Weights) -> SparseAutoencoder:
+    b_enc, bias = weights.vector("encoder.bias"), weights.vector("bias")
+    n, d = len(b_enc), len(bias)
+    weights.check_told(features=d, pages=n)
+    tensors = {
+        "W_enc": weights.matrix("encoder.weight", n, d),
+        "b_enc": b_enc,
+        "W_dec": weights.matrix("decoder.weight", n, d, True),
+        "b_dec": bias,
+    }
+    return build("TopKSAE", {"k": weights.whole("k")}, tensors, weights.origin)
+
+
+FORMAT = Format("re_n_y", "RE-N-Y (cc3m)", "k largest of `ReLU(W_enc (x - bias) + b_enc)`", _recognizes, _read)

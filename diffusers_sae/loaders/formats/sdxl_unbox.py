@@ -1,0 +1,64 @@
+"""sdxl-unbox (Surkov et al., 2410.22366) and those who took its class: its FLUX branch, ItD, Concept Steerers.
+
+`z = ReLU(TopK(W_enc (x - p) + b))`, `x̂ = W_dec z + p`. ReLU after TopK or before gives the same code.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ...saes import LatentStatistics, SparseAutoencoder
+from ..reading import read_file
+from ..weights import Weights, build
+from .base import Format
+
+
+def _recognizes(weights: Weights) -> bool:
+    openai = {"activation", "activation_state_dict"} & set(weights.config)
+    return weights.only("encoder.weight", "decoder.weight", "pre_bias", "latent_bias") and not openai
+
+
+def _read(weights: Weights) -> SparseAutoencoder:
+    b_enc, pre_bias = weights.vector("latent_bias"), weights.vector("pre_bias")
+    n, d = len(b_enc), len(pre_bias)
+    weights.check_told(n_dirs_local=n, d_model=d)
+    W_enc = weights.matrix("encoder.weight", n, d)
+    tensors = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": weights.matrix("decoder.weight", n, d, True), "b_dec": pre_bias}
+    if "auxk_coef" in weights.config:
+        tensors |= _of_concept_steerers(W_enc, b_enc, pre_bias)
+    sae = build("TopKSAE", {"k": weights.whole("k")}, tensors, weights.origin)
+    sae.statistics = _statistics(weights, n)
+    return sae
+
+
+def _of_concept_steerers(W_enc: torch.Tensor, b_enc: torch.Tensor, pre_bias: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Concept Steerers trained what `W_dec z + p` gives against `x - p`, so that the bias of x itself is `2 p`.
+
+    The codes stay as they are: `W_enc (x - p) + b = W_enc (x - 2 p) + (b + W_enc p)`.
+    """
+    moved = torch.cat([rows.double() @ pre_bias.double() for rows in W_enc.split(4096)])
+    return {"b_enc": (b_enc.double() + moved).float(), "b_dec": 2 * pre_bias}
+
+
+def _statistics(weights: Weights, n: int) -> LatentStatistics | None:
+    """`mean.pt` is the mean of each latent while it fires, at one step; latents that were dead have a rate of 0."""
+    file = None if weights.folder is None else weights.folder / "mean.pt"
+    if file is None or not file.is_file():
+        return None
+    mean = Weights(read_file(file)[0], {}, str(file)).vector("", n)
+    rate = torch.ones(n)
+    silent, bound = weights.tensors.get("stats_last_nonzero"), weights.config.get("dead_steps_threshold")
+    if silent is not None and silent.shape == (n,) and isinstance(bound, (int, float)):
+        rate[silent > bound] = 0.0
+    unknown = torch.full((1, n), torch.nan)
+    return LatentStatistics(torch.tensor([999.0]), (mean * rate)[None], unknown, rate[None])
+
+
+FORMAT = Format(
+    "sdxl_unbox",
+    "sdxl-unbox and its FLUX branch, Interpret-then-Deactivate, Concept Steerers (whose reconstructions are shifted by "
+    "the bias, which is put right)",
+    "k largest of `W_enc (x - pre_bias) + latent_bias`, ReLU",
+    _recognizes,
+    _read,
+)

@@ -1,0 +1,137 @@
+"""What lies in a weights file: its tensors, what is told beside them, and how formats ask for both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import InputError
+from ..saes import ARCHITECTURES, SparseAutoencoder
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Tensors by name (on the meta device, as long as the file is left on disk), the config, and where they lie."""
+
+    tensors: Mapping[str, torch.Tensor]
+    config: Mapping[str, Any]
+    origin: str
+    folder: Path | None = None
+
+    def has(self, *names: str) -> bool:
+        return set(names) <= set(self.tensors)
+
+    def only(self, *names: str) -> bool:
+        """Whether it has these tensors, and no others but counts that are no weights."""
+        return set(names) == {name for name in self.tensors if not name.startswith("stats_")}
+
+    def vector(self, name: str, length: int | None = None) -> torch.Tensor:
+        """A tensor `(length,)` in fp32; of any length, if none is given."""
+        tensor = self._tensor(name)
+        if tensor.ndim != 1 or (length is not None and len(tensor) != length):
+            wanted = "one dimension" if length is None else f"shape ({length},)"
+            raise InputError(f"{self.origin} has a {name} of shape {tuple(tensor.shape)}; it must have {wanted}.")
+        return tensor.detach().float()
+
+    def matrix(self, name: str, n: int, d: int, transposed: bool = False) -> torch.Tensor:
+        """A matrix as `(n, d)` in fp32, whichever way it lies; if n = d, the other way if `transposed`."""
+        tensor = self._tensor(name)
+        if tuple(tensor.shape) not in ((n, d), (d, n)):
+            raise InputError(
+                f"{self.origin} has a {name} of shape {tuple(tensor.shape)}; with {n} latents and width {d} it must be "
+                f"({n}, {d}) or ({d}, {n})."
+            )
+        turn = transposed if n == d else tensor.shape[0] == d
+        return (tensor.T if turn else tensor).detach().float().contiguous()
+
+    def scalar(self, name: str) -> float:
+        tensor = self._tensor(name)
+        if tensor.numel() != 1:
+            raise InputError(f"{self.origin} has a {name} of shape {tuple(tensor.shape)}; it must be one number.")
+        return 0.0 if tensor.is_meta else float(tensor)
+
+    def whole(self, *names: str) -> int:
+        """A whole number above 0 that the config tells under the first of these names that it has."""
+        for name in names:
+            value = self.config.get(name)
+            if value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise InputError(f"{self.origin} comes with {name} = {value!r}; it must be a whole number above 0.")
+            return value
+        raise InputError(f"{self.origin} does not say {names[0]}; pass config={{{names[0]!r}: ...}}.")
+
+    def check_told(self, **told: int) -> None:
+        """Raise `InputError` if the config tells other sizes than the tensors have; `None` and 0 tell none."""
+        for name, size in told.items():
+            value = self.config.get(name)
+            if value not in (None, 0, size):
+                raise InputError(f"{self.origin} comes with {name} = {value!r}, and its tensors have {size}.")
+
+    def refuse(self, why: str) -> InputError:
+        return InputError(f"{self.origin} {why}.")
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        if name not in self.tensors:
+            raise InputError(f"{self.origin} has no {name}; it has {_some(self.tensors)}.")
+        return self.tensors[name]
+
+
+def build(kind: str, arguments: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], origin: str) -> Any:
+    """An SAE of a kind from tensors in our names and form; raises `InputError` unless they agree."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    sae = _described(kind, arguments, shapes, origin)
+    own = {name: tensors[name].detach().float() for name in sae.state_dict()}
+    for tensor in own.values():
+        if not tensor.is_meta and not torch.isfinite(tensor).all():
+            raise InputError(f"{origin} has weights that are not finite; fetch or train the SAE again.")
+    sae.load_state_dict(own, assign=True)
+    return sae
+
+
+def without_shift(W_enc: torch.Tensor, b_enc: torch.Tensor, b_dec: torch.Tensor) -> torch.Tensor:
+    """`b` such that `W_enc (x - b_dec) + b = W_enc x + b_enc`, summed in float64."""
+    moved = [rows.double() @ b_dec.double() for rows in W_enc.split(4096)]
+    return (b_enc.double() + torch.cat(moved)).float()
+
+
+def _described(
+    kind: str, arguments: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], origin: str
+) -> SparseAutoencoder:
+    """The SAE that arguments and the shapes of its tensors tell of, without weights (on the meta device)."""
+    if kind not in ARCHITECTURES:
+        raise InputError(f"{origin} is a {kind}, which is not known; known are {', '.join(ARCHITECTURES)}.")
+    if len(shapes.get("W_dec", ())) != 2 or 0 in shapes["W_dec"]:
+        raise InputError(f"{origin} has no matrix W_dec (latents, width), whose rows are the features' directions.")
+    n, d = shapes["W_dec"]
+    for name, size in (("n_latents", n), ("d_in", d)):
+        if arguments.get(name, size) != size:
+            raise InputError(f"{origin} comes with {name} = {arguments[name]!r}, and its tensors have {size}.")
+    try:
+        with torch.device("meta"):
+            sae = ARCHITECTURES[kind](**{**arguments, "d_in": d, "n_latents": n})
+    except (TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"{origin} cannot be made a {kind} ({error}); pass what is missing as config={{...}}."
+        ) from None
+    wanted = {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items()}
+    missing = [name for name in wanted if name not in shapes]
+    if missing:
+        raise InputError(f"{origin} has no {', '.join(missing)}; a {kind} has the tensors {', '.join(wanted)}.")
+    for name, shape in wanted.items():
+        if shapes[name] != shape:
+            raise InputError(
+                f"{origin} has a {name} of shape {shapes[name]}; with W_dec ({n}, {d}) it must be {shape}."
+            )
+    return sae
+
+
+def _some(names: Mapping[str, Any]) -> str:
+    shown = list(names)[:8]
+    return (", ".join(shown) or "nothing") + (", ..." if len(names) > len(shown) else "")
