@@ -194,13 +194,16 @@ class SAELens:
         return self._sae.W_dec
 
 
-class Overcomplete:
-    """Its import of torchvision, for image models that its SAEs don't use, finds an empty module."""
+def stand_in_for_torchvision() -> None:
+    """An empty module, for overcomplete, which imports torchvision for image models that its SAEs don't use."""
+    empty = sys.modules.setdefault("torchvision", ModuleType("torchvision"))
+    empty.transforms = None  # type: ignore[attr-defined]
+    empty.__spec__ = ModuleSpec("torchvision", None)  # transformers asks for it
 
+
+class Overcomplete:
     def __init__(self, task: Task, sample: torch.Tensor) -> None:
-        empty = sys.modules.setdefault("torchvision", ModuleType("torchvision"))
-        empty.transforms = None  # type: ignore[attr-defined]
-        empty.__spec__ = ModuleSpec("torchvision", None)  # transformers asks for it
+        stand_in_for_torchvision()
         from overcomplete.sae import TopKSAE
 
         self._sae = TopKSAE(task.d, task.n_latents, task.k)
