@@ -24,14 +24,14 @@ from diffusers_sae.evaluation.reconstruction import baselines, measure_on_store
 from diffusers_sae.saes import BatchTopKSAE, GatedSAE, JumpReLUSAE, MatryoshkaSAE, ReLUSAE, TopKSAE
 from diffusers_sae.training import TrainingConfig, train_on_store
 
-IMAGES, HELD_OUT, LATENTS, STEPS, ROWS = 288, 2, 1024, 500, 1024
+IMAGES, HELD_OUT, LATENTS, STEPS, ROWS = 288, 2, 1024, 1500, 1024
 KS = (12, 24, 48)
 KINDS: dict[str, tuple[Any, dict[str, tuple[Any, ...]]]] = {
     "TopK": (TopKSAE, {"k": KS}),
     "BatchTopK": (BatchTopKSAE, {"k": KS}),
     "Matryoshka": (MatryoshkaSAE, {"k": KS}),
-    "JumpReLU": (JumpReLUSAE, {"initial_threshold": (0.4, 0.8, 1.6)}),
-    "gated": (GatedSAE, {"sparsity": (1.3, 2.5, 4.5)}),
+    "JumpReLU": (JumpReLUSAE, {"sparsity": (0.2, 0.5, 1.0)}),
+    "gated": (GatedSAE, {"sparsity": (1.3, 2.5, 3.5)}),
     "ReLU": (ReLUSAE, {"sparsity": (1.0, 1.7, 2.5)}),
 }
 
