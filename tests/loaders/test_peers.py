@@ -67,7 +67,8 @@ def compare(report, library, name, ours, codes, x_hat):
 
 SAE_LENS = [
     ("standard", {}), ("standard", {"apply_b_dec_to_input": False}),
-    ("standard", {"normalize_activations": "layer_norm"}), ("standard", {"normalize_activations": "constant_norm_rescale"}), ("gated", {}),
+    ("standard", {"normalize_activations": "layer_norm"}),
+    ("standard", {"normalize_activations": "constant_norm_rescale"}), ("gated", {}),
     ("gated", {"apply_b_dec_to_input": False}), ("topk", {"k": K}),
     ("topk", {"k": K, "rescale_acts_by_decoder_norm": True}), ("topk", {"k": K, "normalize_activations": "layer_norm"}),
     ("jumprelu", {}), ("jumprelu", {"apply_b_dec_to_input": False}),
