@@ -181,11 +181,10 @@ class SynthesisBlock(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Features and image so far, and `w (B, convolutions + 1, w_dim)`, to those at this resolution."""
         styles = iter(w.unbind(1))
-        if x is None:
-            x = self.const.expand(len(w), -1, -1, -1)
-        else:
-            x = self.conv0(x, next(styles), noise_mode, generator)
-        x = self.conv1(x, next(styles), noise_mode, generator)
+        start = (
+            self.const.expand(len(w), -1, -1, -1) if x is None else self.conv0(x, next(styles), noise_mode, generator)
+        )
+        x = self.conv1(start, next(styles), noise_mode, generator)
         colours = self.torgb(x, next(styles))
         return x, colours if image is None else upsample(image, self.resample_filter) + colours
 

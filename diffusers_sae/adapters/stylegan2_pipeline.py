@@ -116,7 +116,7 @@ class StyleGAN2Pipeline(DiffusionPipeline):
 
     def _from_seeds(self, seeds: Sequence[int]) -> torch.Tensor:
         z_dim = self.generator.config.z_dim
-        return torch.from_numpy(np.stack([np.random.RandomState(s).randn(z_dim) for s in seeds]))  # noqa: NPY002
+        return torch.from_numpy(np.stack([np.random.RandomState(s).randn(z_dim) for s in seeds]))
 
     def _checked_z(self, latents: Any) -> torch.Tensor:
         z_dim = self.generator.config.z_dim
