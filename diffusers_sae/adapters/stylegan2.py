@@ -208,7 +208,7 @@ class Synthesis(nn.Module):
         x = image = None
         first = 0
         for r in self.resolutions:
-            block = self.get_submodule(f"b{r}")
+            block: Any = self.get_submodule(f"b{r}")
             styles = w[:, first : first + block.convolutions + 1]
             x, image = block(x, image, styles, noise_mode, generator)
             first += block.convolutions

@@ -66,11 +66,11 @@ class StyleGAN2Pipeline(DiffusionPipeline):
         """
         for name, value, known in (("noise_mode", noise_mode, NOISE_MODES), ("output_type", output_type, OUTPUT_TYPES)):
             if value not in known:
-                raise InputError(f"{value!r} is not a {name}; choose one of {', '.join(known)}.")
+                raise InputError(f"{name}={value!r} is unknown; choose one of {', '.join(known)}.")
         self._check_truncation(truncation_psi, truncation_cutoff)
         device, dtype = self._execution_device, self.generator.dtype
         given = self._checked_source(batch_size, seeds, latents, w)
-        if w is not None:
+        if w is not None and given is not None:
             images = self.generator(w=given.to(device, dtype), noise_mode=noise_mode, generator=generator)
         else:
             if given is None:
@@ -116,6 +116,10 @@ class StyleGAN2Pipeline(DiffusionPipeline):
 
     def _from_seeds(self, seeds: Sequence[int]) -> torch.Tensor:
         z_dim = self.generator.config.z_dim
+        if not seeds or not all(isinstance(s, (int, np.integer)) and 0 <= s < 2**32 for s in seeds):
+            raise InputError(
+                f"seeds={seeds!r} are no whole numbers from 0 to 2^32 - 1; pass a list of them, such as [1, 2]."
+            )
         return torch.from_numpy(np.stack([np.random.RandomState(s).randn(z_dim) for s in seeds]))
 
     def _checked_z(self, latents: Any) -> torch.Tensor:

@@ -186,9 +186,8 @@ ALLOWED: dict[tuple[str, str], Any] = {
     **{("torch", name): UNREAD for name in ("Size", "device", "float16", "float32", "float64")},
     **{("numpy", name): UNREAD for name in ("dtype", "ndarray")},
     **{(f"numpy.{core}.multiarray", n): UNREAD for core in ("core", "_core") for n in ("scalar", "_reconstruct")},
-    ("_codecs", "encode"): UNREAD,
     **{(f"numpy.{core}.numeric", "_frombuffer"): UNREAD for core in ("core", "_core")},
-    **{(builtins, "set"): UNREAD for builtins in ("builtins", "__builtin__")},
+    ("builtins", "set"): UNREAD,
 }
 """All that a pickle may name, and what stands for it."""
 
@@ -212,7 +211,7 @@ def check_opcodes(file: BinaryIO) -> None:
     for i, (opcode, argument, _) in enumerate(pickletools.genops(file)):
         if opcode.name in REFUSED_OPCODES:
             raise pickle.UnpicklingError(f"it has the opcode {opcode.name}, which no StyleGAN2 needs")
-        if opcode.name in MEMO_OPCODES and not 0 <= argument <= i:
+        if opcode.name in MEMO_OPCODES and not (isinstance(argument, int) and 0 <= argument <= i):
             raise pickle.UnpicklingError(f"it numbers an object {argument}, of which it cannot have so many")
         tuples += opcode.name in TUPLE_OPCODES
         if tuples > MOST_TUPLES:

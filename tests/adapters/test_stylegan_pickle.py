@@ -16,7 +16,7 @@ from diffusers_sae.adapters.stylegan_convert import convert, read_generator
 from diffusers_sae.adapters.stylegan_pickle import ALLOWED, read_pickle
 
 
-@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("protocol", [3, 4, 5])
 @pytest.mark.parametrize(
     "config", [{}, {"c_dim": 3, "conv_clamp": None}, {"img_resolution": 32, "channel_base": 4096, "layer_features": 20}]
 )
