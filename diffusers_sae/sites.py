@@ -201,10 +201,11 @@ def resolve(pipe: Any, site: Site) -> Place:
     root = unwrapped(getattr(pipe, component))
     modules = dict(root.named_modules())
     if not rest:
-        blocks = [n for n, m in modules.items() if n and isinstance(m, nn.ModuleList)]
+        lists = [f"{n}.0" for n, m in modules.items() if n and isinstance(m, nn.ModuleList)]
+        blocks = lists or [n for n, _ in root.named_children()]
         raise InputError(
             f"{site.path!r} cannot be steered as a whole: sites are blocks in it; choose one of "
-            f"{', '.join(f'{component}.{n}.0' for n in blocks[:3])}, for example."
+            f"{', '.join(f'{component}.{n}' for n in blocks[:3])}, for example."
         )
     if rest not in modules:
         near = difflib.get_close_matches(rest, modules, n=3, cutoff=0.0)

@@ -122,7 +122,7 @@ def test_units_need_one_timestep_of_statistics(tmp_path):
 
 
 def test_recipes(tmp_path):
-    _, pipe, sae = loaded()
+    _, pipe, _ = loaded()
     pipe.steer({3: 9.0}, tokens=[2, 3])
     expected = pipe(**CALL).images
     pipe.save_recipe(tmp_path / "recipe.json")
@@ -145,7 +145,7 @@ def test_saved_and_loaded(tmp_path):
 
 
 def test_maps_of_the_synthesis_are_sites_with_places():
-    bare, pipe, sae = loaded("generator.synthesis.b8.conv1", 8)
+    _, pipe, sae = loaded("generator.synthesis.b8.conv1", 8)
     path = "generator.synthesis.b8.conv1"
     mask = torch.zeros(16, 16)
     mask[:8] = 1
@@ -208,8 +208,10 @@ def test_sites_and_widths_that_are_not_there():
         pipe.load_sae(TopKSAE(16, 32, 4), site="generator.synthesis.b32")
     with pytest.raises(InputError, match="width 12 and generator.w has 16"):
         pipe.load_sae(TopKSAE(12, 32, 4), site="w")
+    with pytest.raises(InputError, match="choose one of generator.synthesis, generator.mapping, generator.w"):
+        pipe.load_sae(TopKSAE(16, 32, 4), site="generator")
+    pipe.load_sae(TopKSAE(8, 32, 4), site="generator.synthesis.b8.conv1", adapter_name="map")
     with pytest.raises(InputError, match="tokens are for sites of text and for w"):
-        pipe.load_sae(TopKSAE(8, 32, 4), site="generator.synthesis.b8.conv1", adapter_name="map")
         pipe.steer({1: 1.0}, "map", tokens=[1])
 
 
