@@ -54,8 +54,8 @@ def _modules(network: StoredObject, file: Path) -> dict[str, StoredObject]:
         path, module = waiting.pop()
         children = module.state.get("_modules")
         for name, child in children.items() if isinstance(children, dict) else ():
-            if isinstance(child, StoredObject):
-                below = f"{path}.{name}" if path else str(name)
+            if isinstance(child, StoredObject) and _is_name(name):
+                below = f"{path}.{name}" if path else name
                 found[below] = child
                 waiting.append((below, child))
             if len(found) > MOST_MODULES:
@@ -65,11 +65,16 @@ def _modules(network: StoredObject, file: Path) -> dict[str, StoredObject]:
     return found
 
 
+def _is_name(name: Any) -> bool:
+    """Whether a module's or tensor's name is one that a message can hold."""
+    return isinstance(name, str) and name.isidentifier() and len(name) <= 64
+
+
 def _tensors(module: StoredObject) -> Iterator[tuple[str, StoredTensor]]:
     for kind in ("_parameters", "_buffers"):
         held = module.state.get(kind)
         for name, tensor in held.items() if isinstance(held, dict) else ():
-            if isinstance(tensor, StoredTensor):
+            if isinstance(tensor, StoredTensor) and _is_name(name):
                 yield name, tensor
 
 

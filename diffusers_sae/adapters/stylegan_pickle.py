@@ -35,6 +35,8 @@ DTYPES = {
 REFUSED_OPCODES = {"INST", "OBJ", "EXT1", "EXT2", "EXT4", "FROZENSET", "NEXT_BUFFER", "READONLY_BUFFER"}
 MEMO_OPCODES = {"PUT", "BINPUT", "LONG_BINPUT"}
 TUPLE_OPCODES = {"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"}
+LONGEST_HEADER = 4096
+"""Bytes before the numbers of a storage; PyTorch writes about 250."""
 MOST_TUPLES = 20_000
 """In one pickle; NVlabs' have about 5,000. Tuples in tuples without end would overflow the interpreter's stack."""
 
@@ -160,7 +162,7 @@ def read_storage(data: Any) -> Storage:
     """The storage in the bytes that `torch.save(storage, _use_new_zipfile_serialization=False)` wrote."""
     if not isinstance(data, bytes):
         raise pickle.UnpicklingError("a storage is no bytes")
-    file = io.BytesIO(data)
+    file = io.BytesIO(data[:LONGEST_HEADER])
     for _ in range(5):
         check_opcodes(file)
     end = file.tell()
@@ -247,7 +249,7 @@ def _told_of(file: Path) -> Iterator[None]:
     try:
         yield
     except tuple(FAILURES) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")[:200]
         raise InputError(
             f"{file} was not read, and nothing in it was run: {reason}; "
             "fetch the file again, from where it was first published."

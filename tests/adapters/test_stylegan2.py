@@ -177,6 +177,14 @@ def test_bad_calls_get_a_sentence(config, call, sentence):
         pipeline(**config)(**call)
 
 
+def test_the_size_that_was_published():
+    """StyleGAN2 of 1024 x 1024 pixels (config F) has 30,370,060 trainable numbers in NVlabs' own count."""
+    with torch.device("meta"):
+        generator = StyleGAN2Generator()
+    assert sum(parameter.numel() for parameter in generator.parameters()) == 30_370_060
+    assert generator.num_ws == 18
+
+
 def test_a_resolution_that_is_no_power_of_2():
     with pytest.raises(InputError, match="img_resolution=24 is no power of 2"):
         StyleGAN2Generator(img_resolution=24)

@@ -46,6 +46,31 @@ def test_a_plan_that_changes_nothing_changes_no_bit():
     assert torch.equal(pipe(**CALL).images, plain)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_types(dtype):
+    bare, pipe, sae = loaded()
+    bare.to(dtype)
+    plain, _ = w_of(pipe)
+    assert torch.equal(pipe(**CALL).images, bare(**CALL).images)
+    pipe.steer({3: 9.0})
+    steered, images = w_of(pipe)
+    assert steered.dtype == images.dtype == dtype
+    torch.testing.assert_close(steered, (plain.float() + 9.0 * sae.W_dec[3]).to(dtype))
+
+
+def test_a_compiled_generator():
+    bare, pipe, _ = loaded()
+    pipe.steer({3: 9.0}, tokens=[1])
+    expected = pipe(**CALL).images
+    compiled = SAESteeringPipeline.from_pipe(bare)
+    compiled.generator = torch.compile(bare.generator, backend="eager")
+    torch.manual_seed(1)
+    compiled.load_sae(random_sae(16, site={"path": "w"}))
+    assert torch.equal(compiled(**CALL).images, bare(**CALL).images)
+    compiled.steer({3: 9.0}, tokens=[1])
+    torch.testing.assert_close(compiled(**CALL).images, expected)
+
+
 @pytest.mark.parametrize("tokens", [[0], [3, 4], None])
 @pytest.mark.parametrize("psi", [1.0, 0.5, 0.0])
 def test_chosen_layers_of_the_truncated_w_move_by_the_formula(tokens, psi):
