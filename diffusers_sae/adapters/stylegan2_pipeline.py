@@ -70,14 +70,15 @@ class StyleGAN2Pipeline(DiffusionPipeline):
         self._check_truncation(truncation_psi, truncation_cutoff)
         device, dtype = self._execution_device, self.generator.dtype
         given = self._checked_source(batch_size, seeds, latents, w)
-        if w is not None and given is not None:
-            images = self.generator(w=given.to(device, dtype), noise_mode=noise_mode, generator=generator)
+        if given is None:
+            shape = (batch_size or 1, self.generator.config.z_dim)
+            given = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        given = given.to(device, dtype)
+        if w is not None:
+            images = self.generator(w=given, noise_mode=noise_mode, generator=generator)
         else:
-            if given is None:
-                shape = (batch_size or 1, self.generator.config.z_dim)
-                given = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
             images = self.generator(
-                given.to(device, dtype),
+                given,
                 self._one_hot(class_labels, len(given), device, dtype),
                 truncation_psi=truncation_psi,
                 truncation_cutoff=truncation_cutoff,
@@ -107,9 +108,10 @@ class StyleGAN2Pipeline(DiffusionPipeline):
             raise InputError(f"batch_size={batch_size} makes no image; pass 1 or more.")
         if not named:
             return None
-        found = (
-            self._from_seeds(seeds) if seeds is not None else self._checked_z(latents) if w is None else self._wide(w)
-        )
+        if seeds is not None:
+            found = self._from_seeds(seeds)
+        else:
+            found = self._checked_z(latents) if w is None else self._wide(w)
         if batch_size not in (None, len(found)):
             raise InputError(f"batch_size={batch_size} does not fit {named[0]} for {len(found)} images; leave it out.")
         return found

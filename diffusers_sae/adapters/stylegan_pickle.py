@@ -11,7 +11,7 @@ import io
 import pickle
 import pickletools
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -236,7 +236,7 @@ def read_pickle(file: Path) -> dict[str, Any]:
     return found
 
 
-FAILURES: Sequence[type[Exception]] = (
+FAILURES = (
     pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, LookupError, OverflowError, MemoryError,
     RecursionError, struct.error,
 )  # fmt: skip
@@ -248,7 +248,7 @@ def _told_of(file: Path) -> Iterator[None]:
     """Turn what goes wrong with a pickle into one sentence."""
     try:
         yield
-    except tuple(FAILURES) as error:
+    except FAILURES as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")[:200]
         raise InputError(
             f"{file} was not read, and nothing in it was run: {reason}; "

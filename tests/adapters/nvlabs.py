@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from diffusers_sae.adapters.stylegan2 import FullyConnected, StyleGAN2Generator, SynthesisLayer, ToRGB
+from diffusers_sae.adapters.stylegan2 import StyleGAN2Generator
+from diffusers_sae.adapters.stylegan2_networks import FullyConnected, SynthesisLayer, ToRGB
 
 
 class EasyDict(dict):
