@@ -30,7 +30,7 @@ KINDS: dict[str, tuple[Any, dict[str, tuple[Any, ...]]]] = {
     "TopK": (TopKSAE, {"k": KS}),
     "BatchTopK": (BatchTopKSAE, {"k": KS}),
     "Matryoshka": (MatryoshkaSAE, {"k": KS}),
-    "JumpReLU": (JumpReLUSAE, {"threshold": (0.4, 0.8, 1.6)}),
+    "JumpReLU": (JumpReLUSAE, {"initial_threshold": (0.4, 0.8, 1.6)}),
     "gated": (GatedSAE, {"sparsity": (1.3, 2.5, 4.5)}),
     "ReLU": (ReLUSAE, {"sparsity": (1.0, 1.7, 2.5)}),
 }

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, ClassVar, Protocol
 
@@ -197,7 +198,9 @@ class Overcomplete:
     """Its import of torchvision, for image models that its SAEs don't use, finds an empty module."""
 
     def __init__(self, task: Task, sample: torch.Tensor) -> None:
-        sys.modules.setdefault("torchvision", ModuleType("torchvision")).transforms = None  # type: ignore[attr-defined]
+        empty = sys.modules.setdefault("torchvision", ModuleType("torchvision"))
+        empty.transforms = None  # type: ignore[attr-defined]
+        empty.__spec__ = ModuleSpec("torchvision", None)  # transformers asks for it
         from overcomplete.sae import TopKSAE
 
         self._sae = TopKSAE(task.d, task.n_latents, task.k)

@@ -239,7 +239,7 @@ def _gain(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, default=24)
+    parser.add_argument("--images", type=int, default=8)
     parser.add_argument("--work", type=Path, default=Path("outputs/choices"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/steering_choices.json"))
     args = parser.parse_args()

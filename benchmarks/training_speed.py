@@ -28,7 +28,7 @@ from diffusers_sae.evaluation.known_features import KnownFeatures
 from diffusers_sae.machine import half_precision_is_faster
 
 RATES = {"diffusers_sae": (0.3, 1.0, 3.0)}
-PEERS_RATES = (1.0, 3.0, 10.0, 30.0)
+PEERS_RATES = (1.0, 3.0, 10.0, 30.0, 100.0)
 """Multiples of each side's own rate; the best should be neither the first nor the last."""
 SHORTER = (8, 6, 4, 3, 2)
 

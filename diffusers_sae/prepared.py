@@ -6,6 +6,7 @@ where users change numbers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,7 @@ class PreparedEdit:
         directions: `(m, d)`, their decoder rows.
         mask: `(1 or images, 1, H, W)` in [0, 1].
         decision: of the edit's rule.
+        row_scale: see `SparseAutoencoder.row_scale`.
     """
 
     edit: Edit
@@ -42,6 +44,7 @@ class PreparedEdit:
     directions: torch.Tensor
     mask: torch.Tensor | None
     decision: Decision | None
+    row_scale: Callable[[torch.Tensor], torch.Tensor | None]
 
     @property
     def needs_grid(self) -> bool:
@@ -74,6 +77,8 @@ class PreparedEdit:
             change = _overwritten(x.float(), self.edit.operation.apply(z, strengths).any(-1), grid)
         else:
             change = (strengths if z is None else self.edit.operation.apply(z, strengths) - z) @ self.directions
+            scale = self.row_scale(x)
+            change = change if scale is None else scale * change
         delta = self.edit.weights[branch] * change
         if self.edit.preserve_norm:
             delta = _norm_preserving(x.float(), delta)
@@ -154,6 +159,7 @@ def prepare(
         sae.decoder_rows(edit.features).to(device),
         None if edit.mask is None else edit.mask.to(device),
         decision,
+        sae.row_scale,
     )
 
 

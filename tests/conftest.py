@@ -7,6 +7,11 @@ import torch
 from tiny import EMBEDDED, PIPELINES, SITE, WIDTH, make
 
 from diffusers_sae import SAESteeringPipeline, TopKSAE
+from diffusers_sae.training import SAETrainer
+
+
+class Stop(BaseException):
+    """As sudden as a kill: nothing that cleans up after an `Exception` runs."""
 
 
 class Harness:
@@ -58,3 +63,18 @@ def random_sae(d_in: int = WIDTH, n_latents: int = 32, k: int = 4, **provenance)
         sae.b_enc.normal_(std=0.1)
         sae.b_dec.normal_(std=0.1)
     return sae.eval()
+
+
+@pytest.fixture
+def steps_left(monkeypatch):
+    """A list of one number that every training step takes one from; where it reaches 0, the step stops the run."""
+    step, left = SAETrainer.step, [0]
+
+    def stopping(self, *args):
+        left[0] -= 1
+        if left[0] == 0:
+            raise Stop
+        return step(self, *args)
+
+    monkeypatch.setattr(SAETrainer, "step", stopping)
+    return left

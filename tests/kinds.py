@@ -8,6 +8,16 @@ from diffusers_sae.saes import ARCHITECTURES
 ARGUMENTS = {"TopKSAE": {"k": 4}, "BatchTopKSAE": {"k": 4}, "MatryoshkaSAE": {"k": 4}}
 KINDS = [(name, ARGUMENTS.get(name, {})) for name in ARCHITECTURES if name != "Directions"]
 KINDS.append(("ReLUSAE", {"tied": True}))
+READ_ONLY = [
+    ("TopKSAE", {"k": 24, "relu": False}),
+    ("TopKSAE", {"k": 4, "input_norm": "layer_norm"}),
+    *(
+        (name, {**ARGUMENTS.get(name, {}), "input_norm": "constant_norm"})
+        for name in ARCHITECTURES
+        if name != "Directions"
+    ),
+]
+"""Kinds that others train and we read."""
 
 
 def of_kind(name, arguments, d_in=8, n_latents=32):

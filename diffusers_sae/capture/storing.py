@@ -24,7 +24,7 @@ from ..errors import InputError
 from ..families import denoiser_of
 from ..sites import LAYOUTS, Site
 from .store import MANIFEST, SCHEMA, ActivationStore, read_manifest
-from .stream import StreamBatch, stream_activations
+from .stream import STRENGTHS, StreamBatch, check_images, stream_activations
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 log = logging.getLogger(__name__)
@@ -79,6 +79,10 @@ def store_activations(
     wanted = list(islice(iter(prompts), config.images))
     if len(wanted) < config.images:
         raise InputError(f"There are {len(wanted)} prompts for {config.images} images; give one for each.")
+    if "images" in call:
+        check_images(pipe, call.get("strengths", STRENGTHS), call)
+        if len(call["images"]) < config.images:
+            raise InputError(f"There are {len(call['images'])} pictures for {config.images} images; give one for each.")
     places = [Site.of(site) for site in sites]
     writers = {at.path: _Writer(Path(folder) / at.path, _about(pipe, at, wanted, config, call)) for at in places}
     first = min(writer.images for writer in writers.values())

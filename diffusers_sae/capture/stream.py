@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -13,6 +13,9 @@ import torch
 from ..activations import SiteActivations
 from ..errors import InputError
 from ..sites import Site
+
+STRENGTHS = (0.25, 0.5, 0.75, 1.0)
+"""Shares of noise that images get."""
 
 
 @dataclass
@@ -50,7 +53,7 @@ def stream_activations(
     skip: int = 0,
     first_step_only: bool = False,
     images: Sequence[Any] | None = None,
-    strengths: Sequence[float] = (0.25, 0.5, 0.75, 1.0),
+    strengths: Sequence[float] = STRENGTHS,
     **call: Any,
 ) -> Iterator[StreamBatch]:
     """Generate latents for `prompts` and yield what the sites held, a batch of prompts at a time.
@@ -65,7 +68,7 @@ def stream_activations(
     if first_step_only or images is not None:
         call["callback_on_step_end"] = _stop
     if images is not None:
-        _check_images(pipe, strengths, call)
+        check_images(pipe, strengths, call)
     stream = islice(iter(prompts), skip, None)
     first = skip
     while batch := list(islice(stream, batch_size)):
@@ -85,7 +88,8 @@ def stream_activations(
         first += n
 
 
-def _check_images(pipe: Any, strengths: Sequence[float], call: dict[str, Any]) -> None:
+def check_images(pipe: Any, strengths: Sequence[float], call: Mapping[str, Any]) -> None:
+    """Raise `InputError` unless the pipeline takes images, and noise of these strengths."""
     if not {"image", "strength"} <= set(inspect.signature(type(pipe).__call__).parameters):
         raise InputError(
             f"{type(pipe).__name__} takes no images to add noise to; make its img2img sibling with "

@@ -11,7 +11,6 @@ import typer
 from .configs import Config, record
 from .sources import Pictures, read_prompts
 
-STRENGTHS = [0.25, 0.5, 0.75, 1.0]
 EMBEDDED = "emoji-sd"
 """The pipeline that ships with the package."""
 
@@ -26,7 +25,9 @@ def capture(
     pictures: Annotated[
         Path | None, typer.Option(help="Folder of images, one for each prompt: noise is added, nothing is generated.")
     ] = None,
-    strength: Annotated[list[float], typer.Option(help="Share of noise that pictures get; once for each.")] = STRENGTHS,
+    strength: Annotated[
+        list[float] | None, typer.Option(help="Share of noise that pictures get, by default four; once for each.")
+    ] = None,
     images: Annotated[int | None, typer.Option(help="Images to generate; by default one for each prompt.")] = None,
     batch_size: Annotated[int, typer.Option(help="Images generated at a time.")] = 16,
     branch: Annotated[list[str], typer.Option(help="Guidance branch; once for each.")] = ["cond"],  # noqa: B006
@@ -64,7 +65,7 @@ def capture(
     pipe = SAESteeringPipeline.from_pretrained(model, dtype=torch.float16 if cuda else torch.float32)
     pipe.set_progress_bar_config(disable=True)
     if pictures is not None:
-        arguments |= {"images": Pictures(pictures), "strengths": strength}
+        arguments |= {"images": Pictures(pictures), **({"strengths": strength} if strength else {})}
         pipe = SAESteeringPipeline.from_pipe(AutoPipelineForImage2Image.from_pipe(pipe))
         pipe.set_progress_bar_config(disable=True)
     stores = store_activations(pipe.to("cuda") if cuda else pipe, site, lines, out, kept, **arguments)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +31,7 @@ def train(
     rows: Annotated[int, typer.Option(help="Rows a step, without a scale.")] = 2048,
     lr: Annotated[float, typer.Option(help="Peak rate of Adam.")] = 4e-3,
     ema: Annotated[float | None, typer.Option(help="Average the weights, keeping this much a step.")] = None,
+    dead_after: Annotated[int, typer.Option(help="Rows without firing after which a latent is dead.")] = 100_000,
     resample_every: Annotated[int | None, typer.Option(help="Steps between resamplings of dead latents.")] = None,
     held_out: Annotated[int, typer.Option(help="Last shards that are kept for the figures.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the first weights and the order of the rows.")] = 0,
@@ -66,11 +68,14 @@ def train(
         "branch": ", ".join(manifest["config"]["branches"]),
         "training_images": sum(shard["images"] for shard in manifest["shards"][:-held_out]),
     }
-    settings = TrainingConfig(steps, rows, lr=lr, sparsity=sparsity, ema=ema, resample_every=resample_every)
+    settings = TrainingConfig(
+        steps, rows, lr=lr, dead_after=dead_after, sparsity=sparsity, ema=ema, resample_every=resample_every
+    )
     accelerator = Accelerator(log_with=tracker, project_dir=out / "training" / "tracker" if tracker else None)
     seen = activations.part(stop=-held_out)
     if accelerator.is_main_process:
-        _settle(ctx, out / "training", scale, latents, settings, seen, lambda d, n: cls(d, n, **own))
+        make_sae = partial(cls, **own)
+        _settle(ctx, out / "training", scale, latents, settings, seen, make_sae, accelerator.num_processes)
     accelerator.wait_for_everyone()
     told = read_record(out / "training")
     latents, settings = told["latents"], TrainingConfig(**told["training"])
@@ -107,6 +112,7 @@ def _settle(
     settings: Any,
     seen: Any,
     make_sae: Callable[[int, int], Any],
+    processes: int,
 ) -> None:
     """Record the sizes of the run. One that has a checkpoint keeps a scale's sizes, since timing anew gives others."""
     from ..training import sizes_for
@@ -125,4 +131,4 @@ def _settle(
                 f"{folder} holds a run whose {name} is {begun[name]}, not {asked[name]}; choose another folder, or "
                 "delete it."
             )
-    record(ctx, folder, latents=latents, training=asdict(settings))
+    record(ctx, folder, latents=latents, training=asdict(settings), processes=processes)

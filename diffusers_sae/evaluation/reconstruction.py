@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 
@@ -21,6 +21,9 @@ class _Sums:
     absolute: float = 0.0
     cosine: float = 0.0
     active: float = 0.0
+
+    def __add__(self, other: _Sums) -> _Sums:
+        return _Sums(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
     def fvu(self) -> float:
         """`Σ‖x - x̂‖² / Σ‖x - x̄‖²`."""
@@ -43,20 +46,20 @@ class ReconstructionMeter:
         """Take in rows `(..., d)` seen at one timestep; returns their code, `(N, k)`."""
         x = x.reshape(-1, x.shape[-1])
         code = self.sae.encode_sparse(x)
-        x_hat = self.sae.decode_sparse(code)
-        error = float((x - x_hat).double().square().sum())
-        absolute = float((x - x_hat).double().abs().sum())
-        cosine = float(torch.cosine_similarity(x, x_hat, dim=-1).double().sum())
-        active = code.values > 0
+        x_hat = self.sae.restored(self.sae.decode_sparse(code), x)
+        active, exact, error = code.values != 0, x.double(), (x - x_hat).double()
         self._fired += torch.bincount(code.indices[active].cpu(), minlength=len(self._fired))
-        for sums in (self._pooled, self._steps.setdefault(timestep, _Sums())):
-            sums.rows += len(x)
-            sums.total = sums.total + x.double().sum(0)
-            sums.square += float(x.double().square().sum())
-            sums.error += error
-            sums.absolute += absolute
-            sums.cosine += cosine
-            sums.active += float(active.sum())
+        seen = _Sums(
+            rows=len(x),
+            total=exact.sum(0),
+            square=float(exact.square().sum()),
+            error=float(error.square().sum()),
+            absolute=float(error.abs().sum()),
+            cosine=float(torch.cosine_similarity(x, x_hat, dim=-1).double().sum()),
+            active=float(active.sum()),
+        )
+        self._pooled += seen
+        self._steps[timestep] = self._steps.get(timestep, _Sums()) + seen
         return code
 
     def figures(self) -> dict[str, object]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -13,7 +13,11 @@ from torch import nn
 
 from ..checksums import write_checksums
 from ..errors import InputError
+from .normalization import NORMS, checked_norm
 from .ops import sparse_decode
+
+if TYPE_CHECKING:
+    from .statistics import LatentStatistics
 
 ARCHITECTURES: dict[str, type[SparseAutoencoder]] = {}
 """Every architecture by the name of its class, which is what a saved config calls it."""
@@ -43,15 +47,19 @@ class SparseAutoencoder(ModelMixin, ConfigMixin):
     A subclass defines `encode_sparse` and `encode_only` and registers its arguments as config, which also carries the
     **provenance**, a dict of plain values: the `site` (a dict with path, kind, stream and layout), the base model and
     its revision, and the scheduler, steps, guidance and resolution at which the activations were captured.
+    `statistics` are those of its latents, where they are known; they are saved beside the weights.
     """
 
     W_enc: nn.Parameter
     b_enc: nn.Parameter
     W_dec: nn.Parameter
     b_dec: nn.Parameter
+    input_norm: str | None = None
+    statistics: LatentStatistics | None = None
 
-    def _make_parameters(self, d_in: int, n_latents: int) -> None:
+    def _make_parameters(self, d_in: int, n_latents: int, input_norm: str | None) -> None:
         """Random unit directions, the encoder tied to the decoder (Gao et al., 2024, section 2.4), zero biases."""
+        self.input_norm = checked_norm(input_norm)
         directions = nn.functional.normalize(torch.randn(n_latents, d_in), dim=-1)
         self.W_dec = nn.Parameter(directions)
         self.W_enc = nn.Parameter(directions.clone())
@@ -117,9 +125,24 @@ class SparseAutoencoder(ModelMixin, ConfigMixin):
             raise InputError(f"Feature {feature} is out of range; this SAE has the features 0 to {self.n_latents - 1}.")
         return int(feature)
 
+    def normalized(self, x: torch.Tensor) -> torch.Tensor:
+        """Rows `(..., d)` as the encoder takes them, in fp32; all that is said of x below is said of these."""
+        return x.float() if self.input_norm is None else NORMS[self.input_norm](x.float()).rows
+
+    def restored(self, x_hat: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """What a reconstruction of normalized rows means for the rows `x (..., d)` themselves."""
+        if self.input_norm is None:
+            return x_hat
+        _, shift, scale = NORMS[self.input_norm](x.float())
+        return shift + scale * x_hat
+
+    def row_scale(self, x: torch.Tensor) -> torch.Tensor | None:
+        """How long one unit of a decoded change is in the rows `x (..., d)`, `(..., 1)`; `None` if 1 everywhere."""
+        return None if self.input_norm is None else NORMS[self.input_norm](x.float()).scale
+
     def pre_activations(self, x: torch.Tensor) -> torch.Tensor:
         """`W_enc (x - b_dec) + b_enc`: `(..., d)` -> `(..., n)`, in fp32."""
-        return nn.functional.linear(x.float() - self.b_dec, self.W_enc, self.b_enc)
+        return nn.functional.linear(self.normalized(x) - self.b_dec, self.W_enc, self.b_enc)
 
     def encode_sparse(self, x: torch.Tensor) -> SparseCode:
         """The active latents of each row of `x (..., d)`."""
@@ -146,7 +169,7 @@ class SparseAutoencoder(ModelMixin, ConfigMixin):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The reconstruction of `x (..., d)`."""
-        return self.decode_sparse(self.encode_sparse(x))
+        return self.restored(self.decode_sparse(self.encode_sparse(x)), x)
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write `config.json`, safetensors and their checksums; with `push_to_hub`, upload the folder as it is.

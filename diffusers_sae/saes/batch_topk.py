@@ -23,21 +23,29 @@ class BatchTopKSAE(ElementwiseSAE):
         d_in: width of the activations.
         n_latents: number of latents.
         k: active latents of a row, on average.
+        input_norm: what is done to every row first, `layer_norm` or `constant_norm`; see `normalization`.
         provenance: where the activations came from; see `SparseAutoencoder`.
     """
 
     threshold: torch.Tensor
 
     @register_to_config
-    def __init__(self, d_in: int, n_latents: int, k: int, provenance: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        d_in: int,
+        n_latents: int,
+        k: int,
+        input_norm: str | None = None,
+        provenance: dict[str, Any] | None = None,
+    ) -> None:
         super().__init__()
-        self._start(d_in, n_latents, k)
+        self._start(d_in, n_latents, k, input_norm)
 
-    def _start(self, d_in: int, n_latents: int, k: int) -> None:
+    def _start(self, d_in: int, n_latents: int, k: int, input_norm: str | None) -> None:
         if not 0 < k <= n_latents:
             raise InputError(f"k is {k}, which must lie between 1 and n_latents ({n_latents}).")
         self.k = k
-        self._make_parameters(d_in, n_latents)
+        self._make_parameters(d_in, n_latents, input_norm)
         self.register_buffer("threshold", torch.zeros(()))
 
     def activate(self, pre: torch.Tensor, latents: torch.Tensor | slice = ALL) -> torch.Tensor:

@@ -21,7 +21,7 @@ class ElementwiseSAE(SparseAutoencoder):
         return self.activate(self.pre_activations(x))
 
     def encode_only(self, x: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        pre = nn.functional.linear(x.float() - self.b_dec, self.W_enc[features], self.b_enc[features])
+        pre = nn.functional.linear(self.normalized(x) - self.b_dec, self.W_enc[features], self.b_enc[features])
         return self.activate(pre, features)
 
     def encode_sparse(self, x: torch.Tensor) -> SparseCode:

@@ -21,13 +21,16 @@ class GatedSAE(ElementwiseSAE):
     Args:
         d_in: width of the activations.
         n_latents: number of latents.
+        input_norm: what is done to every row first, `layer_norm` or `constant_norm`; see `normalization`.
         provenance: where the activations came from; see `SparseAutoencoder`.
     """
 
     @register_to_config
-    def __init__(self, d_in: int, n_latents: int, provenance: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, d_in: int, n_latents: int, input_norm: str | None = None, provenance: dict[str, Any] | None = None
+    ) -> None:
         super().__init__()
-        self._make_parameters(d_in, n_latents)
+        self._make_parameters(d_in, n_latents, input_norm)
         self.r_mag = nn.Parameter(torch.zeros(n_latents))
         self.b_mag = nn.Parameter(torch.zeros(n_latents))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -17,27 +16,33 @@ from .elementwise import ALL, ElementwiseSAE
 class JumpReLUSAE(ElementwiseSAE):
     """`z = π H(π - θ)` with `π = W_enc (x - b_dec) + b_enc`: a latent is its pre-activation above its own threshold.
 
-    Besides the parameters of every SAE it has `log_threshold (n,)`, the logarithm of θ, so that θ stays above 0.
+    Besides the parameters of every SAE it has `threshold (n,)`, θ, which training keeps at 0 or above.
 
     Args:
         d_in: width of the activations.
         n_latents: number of latents.
-        threshold: θ of a new SAE, for rows of mean square norm d.
+        initial_threshold: θ of a new SAE, for rows of mean square norm d.
+        input_norm: what is done to every row first, `layer_norm` or `constant_norm`; see `normalization`.
         provenance: where the activations came from; see `SparseAutoencoder`.
     """
 
     @register_to_config
     def __init__(
-        self, d_in: int, n_latents: int, threshold: float = 0.1, provenance: dict[str, Any] | None = None
+        self,
+        d_in: int,
+        n_latents: int,
+        initial_threshold: float = 0.1,
+        input_norm: str | None = None,
+        provenance: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self._make_parameters(d_in, n_latents)
-        self.log_threshold = nn.Parameter(torch.full((n_latents,), float(threshold)).log())
+        self._make_parameters(d_in, n_latents, input_norm)
+        self.threshold = nn.Parameter(torch.full((n_latents,), float(initial_threshold)))
 
     def activate(self, pre: torch.Tensor, latents: torch.Tensor | slice = ALL) -> torch.Tensor:
-        return pre * (pre > self.log_threshold[latents].exp())
+        return pre * (pre > self.threshold[latents])
 
     @torch.no_grad()
     def scale_input_(self, factor: float) -> None:
         super().scale_input_(factor)
-        self.log_threshold.add_(math.log(factor))
+        self.threshold.mul_(factor)

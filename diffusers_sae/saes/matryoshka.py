@@ -21,6 +21,7 @@ class MatryoshkaSAE(BatchTopKSAE):
         n_latents: number of latents.
         k: active latents of a row, on average.
         prefixes: rising sizes, of which the last is `n_latents`; by default sixteenth, eighth, quarter, half, all.
+        input_norm: what is done to every row first, `layer_norm` or `constant_norm`; see `normalization`.
         provenance: where the activations came from; see `SparseAutoencoder`.
     """
 
@@ -31,11 +32,12 @@ class MatryoshkaSAE(BatchTopKSAE):
         n_latents: int,
         k: int,
         prefixes: Sequence[int] | None = None,
+        input_norm: str | None = None,
         provenance: dict[str, Any] | None = None,
     ) -> None:
         super(BatchTopKSAE, self).__init__()
         sizes = sorted({max(1, n_latents // 2**i) for i in range(5)}) if prefixes is None else list(prefixes)
         if sizes != sorted(set(sizes)) or not sizes or sizes[0] < 1 or sizes[-1] != n_latents:
             raise InputError(f"prefixes are {sizes}, which must rise from at least 1 to n_latents ({n_latents}).")
-        self._start(d_in, n_latents, k)
+        self._start(d_in, n_latents, k, input_norm)
         self.prefixes = tuple(sizes)

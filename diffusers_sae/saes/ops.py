@@ -22,9 +22,17 @@ SPARE = 2
 
 
 def topk_encode(
-    x: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor, b_dec: torch.Tensor, k: int, *, rough: bool = False
+    x: torch.Tensor,
+    W_enc: torch.Tensor,
+    b_enc: torch.Tensor,
+    b_dec: torch.Tensor,
+    k: int,
+    *,
+    rough: bool = False,
+    relu: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values and indices, both `(N, k)`, of the k largest of `ReLU(W_enc (x - b_dec) + b_enc)`, for `x (N, d)`.
+    """Values and indices, both `(N, k)`, of the k largest of `ReLU(W_enc (x - b_dec) + b_enc)`, for `x (N, d)`;
+    without the ReLU if not `relu`.
 
     The dense pre-activations `(N, n)` are not kept for the backward pass. A `rough` search has a product in bfloat16
     name `SPARE` k candidates, whose values are then taken in full precision: it may miss a latent that is nearly as
@@ -41,7 +49,8 @@ def topk_encode(
         else:
             values, indices = largest(torch.addmm(b_enc, centred, W_enc.T), k)
     found = sampled_linear(centred, W_enc, b_enc, indices.flatten(), _even(indices), values.flatten())
-    return found.view_as(indices).relu(), indices
+    found = found.view_as(indices)
+    return (found.relu() if relu else found), indices
 
 
 def sparse_decode(
@@ -96,7 +105,7 @@ def largest_of_all(pre: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.T
     A sample of the entries tells above which value to look; if that leaves too few, all are sorted.
     """
     flat = pre.flatten()
-    stride = max(1, len(flat) // 2**18) | 1  # odd, so that it meets all latents
+    stride = max(1, len(flat) // 2**18) | 1  # odd, so that it does not keep to a few latents
     sample = flat[::stride]
     rank = min(len(sample), 2 * count // stride + 64)
     bound = sample.topk(rank, sorted=True).values[-1]

@@ -20,13 +20,21 @@ class ReLUSAE(ElementwiseSAE):
         d_in: width of the activations.
         n_latents: number of latents.
         tied: whether encoder and decoder are one matrix, `W_enc = W_dec`.
+        input_norm: what is done to every row first, `layer_norm` or `constant_norm`; see `normalization`.
         provenance: where the activations came from; see `SparseAutoencoder`.
     """
 
     @register_to_config
-    def __init__(self, d_in: int, n_latents: int, tied: bool = False, provenance: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        d_in: int,
+        n_latents: int,
+        tied: bool = False,
+        input_norm: str | None = None,
+        provenance: dict[str, Any] | None = None,
+    ) -> None:
         super().__init__()
-        self._make_parameters(d_in, n_latents)
+        self._make_parameters(d_in, n_latents, input_norm)
         if tied:
             del self.W_enc
 

@@ -80,7 +80,7 @@ class StatisticsAccumulator:
         total, top, fired = self._steps.setdefault(timestep, [torch.zeros(self._n).double() for _ in range(3)])
         total.index_add_(0, indices, values)
         top.scatter_reduce_(0, indices, values, "amax")
-        fired.index_add_(0, indices, (values > 0).double())
+        fired.index_add_(0, indices, (values != 0).double())
         self._rows[timestep] = self._rows.get(timestep, 0) + code.indices[..., 0].numel()
 
     def finish(self) -> LatentStatistics:

@@ -25,31 +25,42 @@ class TopKSAE(SparseAutoencoder):
         d_in: width of the activations.
         n_latents: number of latents.
         k: active latents of a row.
+        relu: whether latents below 0 are set to 0; without, the k largest may be negative.
+        input_norm: what is done to every row first, `layer_norm` or `constant_norm`; see `normalization`.
         provenance: where the activations came from; see `SparseAutoencoder`.
     """
 
     @register_to_config
-    def __init__(self, d_in: int, n_latents: int, k: int, provenance: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        d_in: int,
+        n_latents: int,
+        k: int,
+        relu: bool = True,
+        input_norm: str | None = None,
+        provenance: dict[str, Any] | None = None,
+    ) -> None:
         super().__init__()
         if not 0 < k <= n_latents:
             raise InputError(f"k is {k}, which must lie between 1 and n_latents ({n_latents}).")
-        self.k = k
-        self._make_parameters(d_in, n_latents)
+        self.k, self.relu = k, relu
+        self._make_parameters(d_in, n_latents, input_norm)
 
     def encode_sparse(self, x: torch.Tensor) -> SparseCode:
-        rows = x.float().reshape(-1, self.d_in)
+        rows = self.normalized(x).reshape(-1, self.d_in)
         rough = self.training and half_precision_is_faster(x.device.type)  # what is applied is always exact
-        values, indices = topk_encode(rows, self.W_enc, self.b_enc, self.b_dec, self.k, rough=rough)
+        values, indices = topk_encode(rows, self.W_enc, self.b_enc, self.b_dec, self.k, rough=rough, relu=self.relu)
         return SparseCode(values.view(*x.shape[:-1], self.k), indices.view(*x.shape[:-1], self.k))
 
     def encode_only(self, x: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """The k-th largest pre-activation decides; it is found in blocks, and no dense code is kept."""
-        centred = x.float() - self.b_dec
+        centred = self.normalized(x) - self.b_dec
         z = centred.new_zeros(*x.shape[:-1], len(features))
         largest = []
         for start in range(0, self.n_latents, BLOCK):
             rows = slice(start, start + BLOCK)
-            pre = nn.functional.linear(centred, self.W_enc[rows], self.b_enc[rows]).relu_()
+            pre = nn.functional.linear(centred, self.W_enc[rows], self.b_enc[rows])
+            pre = pre.relu_() if self.relu else pre
             width = pre.shape[-1]
             here = features - start
             # from this very product, since another one may round the k-th latent below itself

@@ -136,7 +136,7 @@ def _jump_relu(
     sae: JumpReLUSAE, x: torch.Tensor, weights: torch.Tensor | None, sparsity: float, bandwidth: float
 ) -> Objective:
     """FVU and an L0 penalty (2407.14435, equation 9), with straight-through gradients for the thresholds."""
-    pre, threshold = sae.pre_activations(x).relu(), sae.log_threshold.exp()
+    pre, threshold = sae.pre_activations(x).relu(), sae.threshold
     z = JumpReLU.apply(pre, threshold, bandwidth)
     x_hat = sae.decode(z)
     fvu = fvu_of(x, x_hat, weights)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def train_on_stream(
     Args:
         saes: `{name: SAE}`; for one SAE a site, `{site: function of the width that gives it}` will do.
         trained: whether the SAEs are trained already.
-        prompts: at least `config.images` prompts.
+        prompts: at least `config.images` prompts, of which the first are taken.
         folder: the checkpoint, and the log of each SAE. A run that was stopped, by whatever means, goes on from the
             checkpoint and, on the CPU with as many threads, ends with the bits of one that was not.
         training: arguments of `TrainingConfig` other than the numbers of steps and rows, for all.
@@ -102,9 +103,11 @@ def train_on_stream(
     sites = {site: _Site(each, config) for site, each in runs.items()}
     checkpoint = folder / CHECKPOINT
     first = _restore(checkpoint, sites, config)
+    wanted = islice(prompts, config.images)
     stream = stream_activations(
-        pipe, list(sites), prompts, batch_size=config.batch_size, seed=config.seed, skip=first, **call
+        pipe, list(sites), wanted, batch_size=config.batch_size, seed=config.seed, skip=first, **call
     )
+    done = first
     with tqdm(total=config.images, initial=first, desc="images", mininterval=5) as bar:
         for batch in stream:
             done = batch.first_image + len(batch.prompts)
@@ -115,13 +118,14 @@ def train_on_stream(
             bar.update(len(batch.prompts))
             figures = {name: run.figures.get("fvu", 0) for each in runs.values() for name, run in each.items()}
             bar.set_postfix({name: f"{fvu:.3f}" for name, fvu in figures.items()})
-            if done // config.checkpoint_every > batch.first_image // config.checkpoint_every:
+            due = done // config.checkpoint_every > batch.first_image // config.checkpoint_every
+            if due or done == config.images:
                 write_checkpoint(checkpoint, _state(sites, config, done))
                 for each in runs.values():
                     for run in each.values():
                         run.log(done)
-            if done >= config.images:
-                break
+    if done < config.images:
+        raise InputError(f"There were {done} prompts for {config.images} images; give one for each.")
     return {name: runs[site][name].finished() for site in runs for name in runs[site]}
 
 
@@ -186,10 +190,9 @@ class _Run:
     def restore(self, state: dict[str, Any]) -> None:
         """Make the trainer as it was saved."""
         told = state["config"]
-        wanted = asdict(TrainingConfig(steps=told["steps"], batch_size=told["batch_size"], **self._training))
-        if told != wanted:
-            raise InputError(f"The checkpoint was made with {told}, not {wanted}; delete it to begin anew.")
-        self.trainer = SAETrainer.from_state(state, self._make)
+        settings = TrainingConfig(steps=told["steps"], batch_size=told["batch_size"], **self._training)
+        self.trainer = SAETrainer(self._make(state["sae"]["b_dec"].numel()), settings, None)
+        self.trainer.load_state_dict(state)
 
     @torch.no_grad()
     def hardness(self, rows: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from diffusers.training_utils import EMAModel
 
 from ..errors import InputError
 from ..machine import keep_freed_memory
-from ..saes import SparseAutoencoder
+from ..saes import JumpReLUSAE, SparseAutoencoder
 from .losses import aux_k_loss
 from .objectives import objective
 from .resampling import resample
@@ -78,8 +77,8 @@ class SAETrainer:
     Rows are scaled so that their mean square distance from the centre is `d`; `finish` folds the scale back into the
     biases, which suffices since every architecture here is positively homogeneous.
 
-    Under `accelerate launch` each process takes its part of every batch, and all make the step of the whole batch. What
-    BatchTopK keeps is then chosen among the rows of each process.
+    Under `accelerate launch` or torchrun each process takes its part of every batch, and all make the step of the whole
+    batch. What BatchTopK keeps is then chosen among the rows of each process.
     """
 
     def __init__(
@@ -98,6 +97,8 @@ class SAETrainer:
         keep_freed_memory()  # gradients are as large as the weights and come anew each step
         self.processes = accelerator.num_processes if accelerator else 1
         self.device = accelerator.device if accelerator else sae.b_dec.device
+        if sae.input_norm is not None:
+            raise InputError(f"SAEs with input_norm={sae.input_norm!r} are read, not trained; leave it out.")
         if config.resample_every and self.processes > 1:
             raise InputError("resample_every works in one process; leave it out, as AuxK revives dead latents too.")
         self.sae, self.config = sae, config
@@ -157,6 +158,8 @@ class SAETrainer:
         self.optimizer.zero_grad()
         with torch.no_grad():
             sae.W_dec.div_(torch.linalg.vector_norm(sae.W_dec, dim=-1, keepdim=True))
+            if isinstance(sae, JumpReLUSAE):
+                sae.threshold.clamp_(min=0)
             if found.threshold is not None:
                 sae.threshold.copy_(self._reduced(found.threshold, "MIN"))
         self.rows_since_fired += len(x) * self.processes
@@ -227,13 +230,6 @@ class SAETrainer:
         self.rows_since_fired = state["rows_since_fired"].to(self.device)
         if self.average:
             self.average.load_state_dict(state["average"])
-
-    @classmethod
-    def from_state(cls, state: dict[str, Any], make_sae: Callable[[int], SparseAutoencoder]) -> SAETrainer:
-        """A trainer in that state; `make_sae` gives a new SAE of a width."""
-        trainer = cls(make_sae(state["sae"]["b_dec"].numel()), TrainingConfig(**state["config"]), None)
-        trainer.load_state_dict(state)
-        return trainer
 
 
 def write_checkpoint(path: Path, state: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SITE, Harness
+from conftest import SITE, Harness, Stop
 from tiny import tiny_unet
 
 from diffusers_sae import InputError
@@ -70,10 +70,6 @@ def test_what_is_kept_can_be_thinned_and_does_not_depend_on_the_batch(tmp_path):
     torch.testing.assert_close(x["rows"], y["rows"], atol=2e-3, rtol=2e-3)
     places = x["place"].view(-1, 5)
     assert len({tuple(p) for p in places.tolist()}) > 5 and (places[:, 1:] > places[:, :-1]).all()
-
-
-class Stop(BaseException):
-    """As sudden as a kill: nothing that cleans up after an `Exception` runs."""
 
 
 def test_a_run_that_is_stopped_at_any_moment_ends_with_the_same_bytes(finished, tmp_path, monkeypatch):

@@ -144,6 +144,22 @@ def test_images_in_a_store(img2img, tmp_path):
     ("change", "sentence"),
     [
         ({"strengths": (0.1,)}, "Strength 0.1 must lie between one step of 4"),
+        ({"images": [1, 2]}, "There are 2 pictures for 3 images; give one for each"),
+    ],
+)
+def test_mistakes_with_images_leave_no_store(img2img, tmp_path, change, sentence):
+    harness, images = img2img
+    with pytest.raises(InputError, match=sentence):
+        store_activations(
+            harness.pipe, [SITE], PROMPTS[:3], tmp_path, StoreConfig(3, 2), **{"images": images, **STRENGTHS, **change}
+        )
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"strengths": (0.1,)}, "Strength 0.1 must lie between one step of 4"),
         ({"strengths": (1.5,)}, "Strength 1.5 must lie between"),
         ({"images": []}, "There are 0 images for more prompts"),
     ],

@@ -4,16 +4,25 @@ import numpy as np
 import pytest
 import torch
 from conftest import SITE, Harness
-from kinds import ARGUMENTS, KINDS, of_kind
-from reference import codes, edited
+from kinds import ARGUMENTS, KINDS, READ_ONLY, of_kind
+from reference import codes, edited, normalized
 
 from diffusers_sae import InputError
 from diffusers_sae.loaders import load_source
 from diffusers_sae.saes import GatedSAE, JumpReLUSAE, MatryoshkaSAE, ReLUSAE, TopKSAE
 
 
-@pytest.fixture(params=KINDS, ids=lambda kind: kind[0] + "".join(f", {k}" for k in kind[1] if k == "tied"))
+def name_of(kind):
+    return kind[0] + "".join(f", {k} {v}" for k, v in kind[1].items() if k != "k")
+
+
+@pytest.fixture(params=[*KINDS, *READ_ONLY], ids=name_of)
 def kind(request):
+    return of_kind(*request.param)
+
+
+@pytest.fixture(params=KINDS, ids=name_of)
+def trained(request):
     return of_kind(*request.param)
 
 
@@ -21,12 +30,14 @@ def kind(request):
 def test_codes_and_reconstructions_equal_the_formula(kind, shape):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     z = codes(kind, x)
-    assert 0 < (z > 0).mean() < 1
-    x_hat = z @ kind.W_dec.detach().double().numpy() + kind.b_dec.detach().double().numpy()
+    assert 0 < (z != 0).mean() < 1
+    decoded = z @ kind.W_dec.detach().double().numpy() + kind.b_dec.detach().double().numpy()
+    _, scale, shift = normalized(kind, x)
     with torch.no_grad():
         np.testing.assert_allclose(kind.encode(x), z, atol=1e-5)
-        np.testing.assert_allclose(kind.decode(kind.encode(x)), x_hat, atol=1e-5)
-        np.testing.assert_allclose(kind.decode_sparse(kind.encode_sparse(x)), x_hat, atol=1e-5)
+        np.testing.assert_allclose(kind.decode(kind.encode(x)), decoded, atol=1e-5)
+        np.testing.assert_allclose(kind.decode_sparse(kind.encode_sparse(x)), decoded, atol=1e-5)
+        np.testing.assert_allclose(kind(x), shift + scale * decoded, atol=2e-5)
         some = torch.tensor([31, 0, 7, 7])
         np.testing.assert_allclose(kind.encode_only(x, some), z[..., some], atol=1e-5)
 
@@ -45,12 +56,12 @@ def test_half_precision_is_encoded_in_fp32(kind):
 
 
 @pytest.mark.parametrize("factor", [0.01, 3.0])
-def test_an_sae_of_scaled_rows(kind, factor):
+def test_an_sae_of_scaled_rows(trained, factor):
     x = torch.randn(20, 8)
-    z, x_hat = kind.encode(x), kind(x)
-    kind.scale_input_(factor)
-    torch.testing.assert_close(kind.encode(factor * x), factor * z)
-    torch.testing.assert_close(kind(factor * x), factor * x_hat)
+    z, x_hat = trained.encode(x), trained(x)
+    trained.scale_input_(factor)
+    torch.testing.assert_close(trained.encode(factor * x), factor * z)
+    torch.testing.assert_close(trained(factor * x), factor * x_hat)
 
 
 def test_saved_and_loaded_bit_by_bit(kind, tmp_path):
@@ -82,14 +93,12 @@ def test_edits_follow_the_formula(kind, mode):
 def test_weights_that_do_not_fit(tmp_path):
     state = of_kind("JumpReLUSAE", {}).state_dict()
     config = {"_class_name": "JumpReLUSAE"}
-    with pytest.raises(InputError, match="has no log_threshold; a JumpReLUSAE has the tensors W_dec"):
-        load_source({k: v for k, v in state.items() if k != "log_threshold"}, config=config)
-    with pytest.raises(
-        InputError, match=r"has a log_threshold of shape \(3,\); with W_dec \(32, 8\) it must be \(32,\)"
-    ):
-        load_source({**state, "log_threshold": torch.zeros(3)}, config=config)
+    with pytest.raises(InputError, match="has no threshold; a JumpReLUSAE has the tensors W_dec"):
+        load_source({k: v for k, v in state.items() if k != "threshold"}, config=config)
+    with pytest.raises(InputError, match=r"has a threshold of shape \(3,\); with W_dec \(32, 8\) it must be \(32,\)"):
+        load_source({**state, "threshold": torch.zeros(3)}, config=config)
     with pytest.raises(InputError, match="not finite"):
-        load_source({**state, "log_threshold": state["log_threshold"] / 0}, config=config)
+        load_source({**state, "threshold": state["threshold"] / 0}, config=config)
 
 
 @pytest.mark.parametrize("prefixes", [[], [4, 4, 32], [8, 4, 32], [0, 32], [4, 16]])

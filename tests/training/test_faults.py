@@ -25,11 +25,12 @@ def test_two_processes_make_the_steps_of_one(tmp_path, kind):
     call = {"num_inference_steps": 3, "guidance_scale": 5.0, "height": 16, "width": 16}
     store = store_activations(Harness().pipe, [SITE], list("abcdefgh"), tmp_path / "store", StoreConfig(8, 2), **call)
     command = [
-        "-m", "diffusers_sae.cli", "train", str(store[SITE].folder), "--latents", "32", "--k", "4", "--kind", kind,
-        "--rows", "128", "--steps", "60", "--out",
+        "-m", "diffusers_sae.cli", "train", str(store[SITE].folder), "--latents", "64", "--k", "2", "--kind", kind,
+        "--rows", "128", "--steps", "60", "--dead-after", "128", "--out",
     ]  # fmt: skip
-    launch = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # accelerate launch starts processes on CPUs through MPI alone, and one without it; torchrun starts two anywhere
+    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
     for name, before in (("one", []), ("two", ["-m", *launch])):
         done = subprocess.run(
             [sys.executable, *before, *command, str(tmp_path / name)],
@@ -37,12 +38,15 @@ def test_two_processes_make_the_steps_of_one(tmp_path, kind):
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.count("rows held out") == 1
+        record = json.loads((tmp_path / name / "training" / "run.json").read_text())
+        assert record["processes"] == {"one": 1, "two": 2}[name]
     one, two = (
         [json.loads(line) for line in (tmp_path / n / "training" / "log.jsonl").read_text().splitlines()]
         for n in ("one", "two")
     )
     assert [a["step"] for a in one] == [b["step"] for b in two] and one[-1]["fvu"] < 0.9 * one[0]["fvu"]
     for a, b in zip(one, two, strict=True):
-        assert b["fvu"] == pytest.approx(a["fvu"], rel=1e-3)
+        assert b["fvu"] == pytest.approx(a["fvu"], rel=1e-3) and b["dead"] == pytest.approx(a["dead"])
+        assert b["aux"] == pytest.approx(a["aux"], rel=1e-3) and (a["aux"] > 0 or kind == "jumprelu")
     weights = [load_file(next((tmp_path / n).glob("*.safetensors"))) for n in ("one", "two")]
     torch.testing.assert_close(weights[0]["W_dec"], weights[1]["W_dec"], atol=2e-3, rtol=0)

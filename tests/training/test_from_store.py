@@ -5,7 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import SITE, Harness
+from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
+from conftest import SITE, Harness, Stop
 from kinds import KINDS
 
 from diffusers_sae import InputError
@@ -36,30 +38,16 @@ def logged(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-class Stop(BaseException):
-    """As sudden as a kill."""
-
-
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind[0] + "".join(f", {k}" for k in kind[1] if k == "tied"))
-def test_a_run_that_is_stopped_ends_with_the_same_bits(stored, tmp_path, monkeypatch, kind):
+def test_a_run_that_is_stopped_ends_with_the_same_bits(stored, tmp_path, steps_left, kind):
     expected = trained(stored, tmp_path / "whole", kind).state_dict()
     log = logged(tmp_path / "whole")
     assert [entry["step"] for entry in log] == list(range(2, 25, 2)) and log[-1]["fvu"] < log[0]["fvu"]
-    step, left = SAETrainer.step, []
-
-    def stopping(self, *args):
-        left[0] -= 1
-        if left[0] == 0:
-            raise Stop
-        return step(self, *args)
-
-    monkeypatch.setattr(SAETrainer, "step", stopping)
-    left[:] = [4]
     for moment in (4, 3, 9, 7):  # before the first checkpoint, and between others
-        left[:] = [moment]
+        steps_left[:] = [moment]
         with pytest.raises(Stop):
             trained(stored, tmp_path / "stopped", kind)
-    left[:] = [-1]
+    steps_left[:] = [0]
     found = trained(stored, tmp_path / "stopped", kind).state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert logged(tmp_path / "stopped") == log
@@ -126,3 +114,24 @@ def test_what_does_not_fit_is_refused(stored, tmp_path, change, sentence):
     with pytest.raises(InputError, match=sentence):
         trained(stored, tmp_path, **change)
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
+def test_figures_go_to_a_tracker(stored, tmp_path):
+    class Notes(GeneralTracker):
+        name, requires_logging_directory = "notes", False
+
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        tracker = property(lambda self: self.seen)
+
+        def log(self, values, step=None, **kwargs):
+            self.seen.append((step, dict(values)))
+
+    notes = Notes()
+    accelerator = Accelerator(log_with=notes, cpu=True)
+    accelerator.init_trackers("test")
+    trained(stored, tmp_path, accelerator=accelerator)
+    assert [step for step, _ in notes.seen] == list(range(1, 25))
+    assert notes.seen[-1][1] == {name: value for name, value in logged(tmp_path)[-1].items() if name != "step"}

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import SITE, Harness
+from conftest import SITE, Harness, Stop
 
 from diffusers_sae import InputError, TopKSAE
 from diffusers_sae.capture import stream_activations
@@ -124,32 +124,19 @@ def test_a_trained_sae_without_steps_is_what_it_was(tmp_path):
     torch.testing.assert_close(trainer.finish()(x), sae(x), atol=1e-5, rtol=1e-4)
 
 
-class Stop(BaseException):
-    """As sudden as a kill."""
-
-
 @pytest.mark.parametrize("config", [CONFIG, replace(CONFIG, emphasis=2.0, first_steps=2, buffer=300)])
-def test_a_run_that_is_stopped_ends_with_the_same_bits(tmp_path, monkeypatch, config):
-    step, left = SAETrainer.step, [0]
-
-    def stopping(self, *args):
-        left[0] -= 1
-        if left[0] == 0:
-            raise Stop
-        return step(self, *args)
-
-    monkeypatch.setattr(SAETrainer, "step", stopping)
+def test_a_run_that_is_stopped_ends_with_the_same_bits(tmp_path, steps_left, config):
     expected = run(tmp_path / "whole", config=config)
-    steps, reached = -left[0], []
+    steps, reached = -steps_left[0], []
     for moment in (3, steps * 45 // 100, steps // 2):  # before the first checkpoint, and between others
-        left[:] = [moment]
+        steps_left[:] = [moment]
         torch.manual_seed(moment)  # what else is drawn must not matter
         with pytest.raises(Stop):
             run(tmp_path / "stopped", config=config)
         there = (tmp_path / "stopped" / "checkpoint.pt").exists()
         reached.append(saved(tmp_path / "stopped")["images"] if there else 0)
     assert reached == sorted(set(reached)) and reached[0] == 0 and reached[-1] < 24, reached
-    left[:] = [-1]
+    steps_left[:] = [0]
     found = run(tmp_path / "stopped", config=config)
     for site in SITES:
         for a, b in zip(found[site].parameters(), expected[site].parameters(), strict=True):
@@ -202,3 +189,19 @@ def test_several_saes_of_a_site_are_what_each_would_be_alone(tmp_path):
         alone = trained([name], tmp_path / name)[name]
         for a, b in zip(together[name].parameters(), alone.parameters(), strict=True):
             assert torch.equal(a, b), name
+
+
+def test_a_run_ends_with_a_checkpoint_wherever_its_images_end(tmp_path, steps_left):
+    config = replace(CONFIG, images=10)  # neither whole batches nor whole spans between checkpoints
+    first = run(tmp_path, config=config)  # of 24 prompts
+    assert saved(tmp_path)["images"] == 10
+    steps_left[:] = [1]  # none is made again
+    again = run(tmp_path, config=config)
+    for site in SITES:
+        assert [json.loads(x)["images"] for x in (tmp_path / f"{site}.jsonl").read_text().splitlines()] == [8, 10]
+        assert all(torch.equal(a, b) for a, b in zip(first[site].parameters(), again[site].parameters(), strict=True))
+
+
+def test_too_few_prompts_are_refused(tmp_path):
+    with pytest.raises(InputError, match="There were 6 prompts for 24 images; give one for each"):
+        run(tmp_path, prompts(6))
