@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .context import Context
-from .sites import LAYOUTS, Site, grid_of
+from .sites import ALIASES, LAYOUTS, Site, grid_of
 
 
 @dataclass
@@ -71,3 +71,8 @@ class SiteActivations:
 
 class Activations(dict[str, SiteActivations]):
     """`{path: SiteActivations}`, filled while `with pipe.capture(...)` is open."""
+
+    def __missing__(self, path: str) -> SiteActivations:
+        if path not in ALIASES:
+            raise KeyError(path)
+        return self[ALIASES[path]]

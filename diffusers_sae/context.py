@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .errors import InputError
-from .families import Family, family_of, images_of
+from .families import DENOISERS, GENERATORS, Family, family_of, images_of
 
 BRANCHES = ("cond", "uncond")
 """The branches an edit can name."""
@@ -72,6 +72,14 @@ class TextContext(Context):
         self.rows = tokens.shape[0]
         self.branches = (BRANCHES[min(self.turn, 1)],)
         self.turn += 1
+
+
+class OnePassContext(Context):
+    """Context of a generator that makes the images in one pass."""
+
+    def update(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        """Read the generator's arguments for the call that is about to run."""
+        self.rows = len(next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)))
 
 
 class DenoisingContext(Context):
@@ -167,3 +175,10 @@ def arguments_of(function: Any, args: tuple, kwargs: Mapping[str, Any]) -> dict[
         return {}
     bound.apply_defaults()
     return bound.arguments
+
+
+def context_of(component: str) -> Context:
+    """A context for a component of a pipeline, by its name."""
+    if component in DENOISERS:
+        return DenoisingContext()
+    return OnePassContext() if component in GENERATORS else TextContext()

@@ -139,19 +139,19 @@ def _check_known(statistics: LatentStatistics, unit: str, features: list[int]) -
 
 def check_fits(edit: Edit, site: Site) -> None:
     """Raise `InputError` if an edit makes no sense at its site."""
-    text = site.stream == "text" or site.is_text_encoder
-    if edit.tokens and not text:
-        raise InputError(f"tokens are for sites of text, and {site} is none; pass mask= to choose places of an image.")
-    if text and edit.mask is not None:
-        raise InputError(f"A mask is for sites of images, and {site} holds text; pass tokens= to choose positions.")
-    if not site.is_text_encoder:
-        return
-    if (edit.start, edit.stop) != (0.0, 1.0):
+    if edit.tokens and not site.has_tokens:
         raise InputError(
-            f"{site} runs once, before the denoising, so that start and stop mean nothing; leave them out."
+            f"tokens are for sites of text and for w, and {site} is neither; pass mask= to choose places of an image."
         )
+    if site.has_tokens and edit.mask is not None:
+        raise InputError(f"A mask is for sites of images, and {site} is none; pass tokens= to choose positions.")
+    if not site.runs_once:
+        return
+    when = "before the denoising" if site.is_text_encoder else "as nothing is denoised"
+    if (edit.start, edit.stop) != (0.0, 1.0):
+        raise InputError(f"{site} runs once, {when}, so that start and stop mean nothing; leave them out.")
     if any(callable(s) or isinstance(s, (StrengthTable, StrengthMap)) for s in edit.strengths):
-        raise InputError(f"{site} runs once, before the denoising, so that a strength cannot follow it; pass numbers.")
+        raise InputError(f"{site} runs once, {when}, so that a strength cannot follow it; pass numbers.")
 
 
 def checked_tokens(tokens: Any) -> tuple[int, ...]:

@@ -15,6 +15,10 @@ from torch import nn
 from .errors import InputError
 
 DENOISERS = ("transformer", "unet")
+GENERATORS = ("generator",)
+"""Components that make the image in one pass, in pipelines that denoise nothing."""
+PIPELINES = {"StyleGAN2Pipeline": "diffusers_sae.adapters.stylegan2_pipeline"}
+"""Modules of the pipeline classes that are this package's own and not diffusers'."""
 Call = Mapping[str, Any]
 """The arguments of the running call of a pipeline, defaults filled in."""
 
@@ -118,7 +122,16 @@ def family_of(pipe: Any) -> Family:
 
 def denoiser_of(pipe: Any) -> tuple[str, nn.Module]:
     """Name and module of the pipeline's denoiser; raises `InputError` if it has none that can be steered."""
-    for name in DENOISERS:
+    return _first_of(DENOISERS, pipe)
+
+
+def image_maker_of(pipe: Any) -> tuple[str, nn.Module]:
+    """Name and module of what makes the pipeline's images: its denoiser, or a generator that needs one pass."""
+    return _first_of(DENOISERS + GENERATORS, pipe)
+
+
+def _first_of(names: tuple[str, ...], pipe: Any) -> tuple[str, nn.Module]:
+    for name in names:
         module = getattr(pipe, name, None)
         if isinstance(module, nn.Module):
             return name, module
@@ -130,7 +143,9 @@ def denoiser_of(pipe: Any) -> tuple[str, nn.Module]:
 
 def check_supported(pipe: Any) -> None:
     """Raise `InputError` for a pipeline whose branches or timesteps could only be guessed."""
-    denoiser_of(pipe)
+    name, _ = image_maker_of(pipe)
+    if name in GENERATORS:
+        return
     if family_of(pipe) is GENERAL and not hasattr(type(pipe), "do_classifier_free_guidance"):
         raise InputError(
             f"{type(pipe).__name__} does not say whether guidance is on, so that branches could not be told apart; "

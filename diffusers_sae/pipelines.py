@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
 import json
 import os
 import warnings
@@ -19,7 +20,7 @@ from .activations import Activations, SiteActivations
 from .context import Context, arguments_of
 from .edits import check_fits, make_edit
 from .errors import InputError
-from .families import check_supported
+from .families import PIPELINES, check_supported
 from .hooks import CaptureHook, LoadedSAE
 from .loaders import Source, load_sae
 from .recipes import edits_of, read_json, recipe_of
@@ -125,7 +126,7 @@ class SAESteeringMixin:
             unit: of the strengths: `raw` activation, or multiples of the latent's `mean` while firing or of its `max`,
                 at that timestep.
             when: a `Rule`: only images, or places, for which it holds are edited.
-            tokens: positions in the prompt that are edited, at sites of text.
+            tokens: positions that are edited: of the prompt, at sites of text; of the layers of W+, at StyleGAN's `w`.
             preserve_norm: keep the norm of every row that is edited.
 
         Raises:
@@ -281,7 +282,7 @@ class SAESteeringPipeline(SAESteeringMixin):
         """`DiffusionPipeline.from_pretrained`, with its arguments, made steerable."""
         if issubclass(cls, DiffusionPipeline):
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
-        pipe = DiffusionPipeline.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        pipe = _class_in(pretrained_model_name_or_path, kwargs).from_pretrained(pretrained_model_name_or_path, **kwargs)
         pipe.__class__ = _steerable(type(pipe))  # type: ignore[arg-type]
         return pipe
 
@@ -302,6 +303,19 @@ class SAESteeringPipeline(SAESteeringMixin):
         if kwargs:
             pipe.register_modules(**kwargs)
         return pipe
+
+
+HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
+
+
+def _class_in(source: str | os.PathLike, kwargs: Mapping[str, Any]) -> Any:
+    """The class that the pipeline's `model_index.json` names if it is one of this package's own, else diffusers'."""
+    try:
+        config = DiffusionPipeline.load_config(source, **{k: kwargs[k] for k in HUB_ARGUMENTS if k in kwargs})
+    except (OSError, ValueError):
+        return DiffusionPipeline  # which says what is wrong, or knows another way
+    name = config.get("_class_name")
+    return getattr(importlib.import_module(PIPELINES[name]), name) if name in PIPELINES else DiffusionPipeline
 
 
 @functools.cache

@@ -11,11 +11,13 @@ import torch
 from torch import nn
 
 from .errors import InputError
-from .families import denoiser_of
+from .families import GENERATORS, image_maker_of
 
 KINDS = ("output", "input", "update")
 STREAMS = ("image", "text")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
+ALIASES = {"w": "generator.w"}
+"""Short names of paths."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Site:
     """A named tensor of a pipeline.
 
     Args:
-        path: pipe-relative, such as `unet.up_blocks.1.attentions.1`.
+        path: pipe-relative, such as `unet.up_blocks.1.attentions.1`; or `w`, StyleGAN's w with its layers as rows.
         kind: `output`, `input`, or `update` (output minus input).
         stream: `image` or `text`, where a block returns both.
         layout: `positions`: each spatial place or token is a row.
@@ -35,6 +37,7 @@ class Site:
     layout: str = "positions"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "path", ALIASES.get(self.path, self.path))
         for name, value, known in (
             ("kind", self.kind, KINDS),
             ("stream", self.stream, STREAMS),
@@ -57,6 +60,16 @@ class Site:
     def is_text_encoder(self) -> bool:
         """Whether it lies in what reads the prompt, before the denoising."""
         return self.path.partition(".")[0] in TEXT_ENCODERS
+
+    @property
+    def runs_once(self) -> bool:
+        """Whether it runs once a call, outside of any denoising."""
+        return self.is_text_encoder or self.path.partition(".")[0] in GENERATORS
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether its rows are positions in a list, tokens of a prompt or layers of W+, and no places in an image."""
+        return self.stream == "text" or self.is_text_encoder or self.path in ("generator.w", "generator.mapping")
 
     def __str__(self) -> str:
         told = ((self.kind, "output"), (self.stream, "image"), (self.layout, "positions"))
@@ -180,7 +193,7 @@ def unwrapped(module: Any) -> Any:
 def resolve(pipe: Any, site: Site) -> Place:
     """Where `site.path` is; raises `InputError` with the nearest real names if there is no such module."""
     component, _, rest = site.path.partition(".")
-    steerable = [denoiser_of(pipe)[0], *(n for n in TEXT_ENCODERS if isinstance(getattr(pipe, n, None), nn.Module))]
+    steerable = [image_maker_of(pipe)[0], *(n for n in TEXT_ENCODERS if isinstance(getattr(pipe, n, None), nn.Module))]
     if component not in steerable:
         raise InputError(
             f"{site.path!r} is not a site of {type(pipe).__name__}; a path starts with {' or '.join(steerable)}."
@@ -188,10 +201,11 @@ def resolve(pipe: Any, site: Site) -> Place:
     root = unwrapped(getattr(pipe, component))
     modules = dict(root.named_modules())
     if not rest:
-        blocks = [n for n, m in modules.items() if n and isinstance(m, nn.ModuleList)]
+        lists = [f"{n}.0" for n, m in modules.items() if n and isinstance(m, nn.ModuleList)]
+        blocks = lists or [n for n, _ in root.named_children()]
         raise InputError(
             f"{site.path!r} cannot be steered as a whole: sites are blocks in it; choose one of "
-            f"{', '.join(f'{component}.{n}.0' for n in blocks[:3])}, for example."
+            f"{', '.join(f'{component}.{n}' for n in blocks[:3])}, for example."
         )
     if rest not in modules:
         near = difflib.get_close_matches(rest, modules, n=3, cutoff=0.0)

@@ -1,4 +1,4 @@
-"""What a steerable pipeline keeps: its SAEs, its contexts, and the hooks on its denoiser and text encoders."""
+"""What a steerable pipeline keeps: its SAEs, its contexts, and the hooks on the components that they lie in."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 from diffusers.hooks import ModelHook
 from torch import nn
 
-from .context import Context, DenoisingContext, TextContext
-from .families import denoiser_of
+from .context import Context, DenoisingContext, context_of
+from .families import image_maker_of
 from .hooks import LoadedSAE, SAEProcessor, attach, detach
 from .prepared import prepare
 from .rules import Decision, Rule
@@ -133,8 +133,8 @@ class SteeringState:
             yield
         finally:
             self.armed = False
-            denoiser = self._roots.get(denoiser_of(pipe)[0])
-            roots = [denoiser] if denoiser else self._roots.values()
+            maker = self._roots.get(image_maker_of(pipe)[0])
+            roots = [maker] if maker else self._roots.values()
             self.first_image += max((root.context.images for root in roots), default=0)
         self._warn_of_silence(pipe)
 
@@ -188,10 +188,9 @@ class SteeringState:
         """The root of a place, which tells its context its arguments from the first hook to the last."""
         root = self._roots.get(place.root_name)
         if root is None:
-            denoiser = place.root_name == denoiser_of(self._pipe())[0]
-            root = Root(place.root_name, place.root, DenoisingContext() if denoiser else TextContext())
+            root = Root(place.root_name, place.root, context_of(place.root_name))
             self._roots[place.root_name] = root
-            reader = _Reader(self, root.context, denoiser)
+            reader = _Reader(self, root.context, isinstance(root.context, DenoisingContext))
             # a native hook: one of the registry's is lost on the root under enable_model_cpu_offload
             root.handle = root.module.register_forward_pre_hook(reader, with_kwargs=True)
         root.users += 1
