@@ -1,6 +1,7 @@
 """Sparse autoencoders for every Hugging Face diffusers pipeline: find concepts, turn them, measure and share them."""
 
 from .errors import InputError
+from .inversion import Inversion, invert
 from .pipelines import SAESteeringMixin, SAESteeringPipeline
 from .rules import Rule
 from .saes import (
@@ -21,6 +22,7 @@ __all__ = [
     "Directions",
     "GatedSAE",
     "InputError",
+    "Inversion",
     "JumpReLUSAE",
     "LatentStatistics",
     "MatryoshkaSAE",
@@ -32,5 +34,6 @@ __all__ = [
     "StrengthMap",
     "StrengthTable",
     "TopKSAE",
+    "invert",
 ]
 __version__ = "0.1.0"
