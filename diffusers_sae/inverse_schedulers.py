@@ -47,7 +47,7 @@ def check_invertible(scheduler: Any) -> None:
         raise InputError(f"This {name} {unfit}.")
 
 
-def affine_steps(scheduler: Any) -> list[tuple[float, float]]:
+def affine_steps(scheduler: Any) -> list[tuple[float, ...]]:
     """(A, B) of every step `x' = A x + B m` of a scheduler that is set to its timesteps; m is the model's output.
 
     DDIM at eta 0 (2010.02502, equation 12) and Euler's steps along a flow (2209.03003) are of this form. A and B are
@@ -105,6 +105,10 @@ class InverseSteps:
         self._inner = copy.deepcopy(scheduler)
         self._begin, self._iterations = begin, iterations
         self.config = scheduler.config
+        self.undone: tuple[float, ...] = ()
+        self._steps: list[tuple[float, ...]] = []
+        self._calls = 0
+        self._start = self._now = torch.empty(0)
 
     def set_timesteps(self, num_inference_steps: int, device: Any = None, **kwargs: Any) -> None:
         """Every timestep from the image on, as often as the model is called at it."""

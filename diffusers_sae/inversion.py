@@ -30,7 +30,8 @@ from .pipelines import SAESteeringMixin
 
 PIPELINES = (StableDiffusionPipeline, StableDiffusionXLPipeline, StableDiffusion3Pipeline)
 DECIDED = (
-    "latents", "num_inference_steps", "timesteps", "sigmas", "height", "width", "num_images_per_prompt", "prompt_embeds",
+    "latents", "num_inference_steps", "timesteps", "sigmas", "height", "width", "num_images_per_prompt",
+    "prompt_embeds",
 )  # fmt: skip
 """Arguments of a pipeline's call that an inversion decides."""
 
