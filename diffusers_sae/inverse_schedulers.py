@@ -108,7 +108,7 @@ class InverseSteps:
         self.undone: tuple[float, ...] = ()
         self._steps: list[tuple[float, ...]] = []
         self._calls = 0
-        self._start = self._now = torch.empty(0)
+        self._start = torch.empty(0)
 
     def set_timesteps(self, num_inference_steps: int, device: Any = None, **kwargs: Any) -> None:
         """Every timestep from the image on, as often as the model is called at it."""
@@ -133,10 +133,9 @@ class InverseSteps:
         step, iteration = divmod(self._calls, self._iterations)
         self._calls += 1
         if iteration == 0:
-            self._start = sample.float() if step == 0 else self._now
+            self._start = sample.float()
         a, b = self._steps[step]
-        self._now = (self._start - b * model_output.float()) / a
-        return (self._now.to(sample.dtype),)
+        return (((self._start - b * model_output.float()) / a).to(sample.dtype),)
 
 
 def _steps_from(timesteps: Sequence[float], begin: float) -> int:

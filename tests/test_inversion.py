@@ -163,6 +163,15 @@ def test_a_batch_is_inverted_as_its_images_are(harness):
     torch.testing.assert_close(both[1:], second, rtol=1e-4, atol=1e-4)
 
 
+def test_half_precision_stays_half_precision(harness):
+    exact = invert(harness.pipe, IMAGES, "ab", 0.5, num_inference_steps=4).latents
+    harness.pipe.to(torch.bfloat16)
+    inversion = invert(harness.pipe, IMAGES, "ab", 0.5, num_inference_steps=4)
+    assert inversion.latents.dtype == harness.pipe.vae.dtype == torch.bfloat16
+    assert ((inversion.latents - exact).norm() / exact.norm()) < 0.1
+    assert inversion.run(harness.pipe, output_type="pt").images.isfinite().all()
+
+
 def steerable(harness) -> TopKSAE:
     sae = harness.sae()
     harness.pipe.load_sae(sae, adapter_name="one")
@@ -322,3 +331,15 @@ def test_a_run_refuses_what_the_inversion_decides(sd):
     sd.pipe.scheduler = DDIMScheduler.from_config(sd.pipe.scheduler.config, timestep_spacing="trailing")
     with pytest.raises(InputError, match="other timesteps"):
         inversion.run(sd.pipe)
+
+
+def test_a_step_that_leaves_nothing_of_the_noise_is_refused():
+    cosine = DDIMScheduler(
+        beta_schedule="squaredcos_cap_v2",
+        clip_sample=False,
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+    )
+    with pytest.raises(InputError, match="pass more steps"):
+        InverseSteps(cosine, 1000).set_timesteps(1)
+    InverseSteps(cosine, 1000).set_timesteps(2)
