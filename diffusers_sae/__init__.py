@@ -1,6 +1,7 @@
 """Sparse autoencoders for every Hugging Face diffusers pipeline: find concepts, turn them, measure and share them."""
 
 from .errors import InputError
+from .inversion import Inversion, invert
 from .loaders import load_sae
 from .pipelines import SAESteeringMixin, SAESteeringPipeline
 from .rules import Rule
@@ -22,6 +23,7 @@ __all__ = [
     "Directions",
     "GatedSAE",
     "InputError",
+    "Inversion",
     "JumpReLUSAE",
     "LatentStatistics",
     "MatryoshkaSAE",
@@ -33,6 +35,7 @@ __all__ = [
     "StrengthMap",
     "StrengthTable",
     "TopKSAE",
+    "invert",
     "load_sae",
 ]
 __version__ = "0.1.0"

@@ -1,0 +1,256 @@
+"""Inversion: the noise from which a deterministic pipeline makes a given image, to begin from with edits in force.
+
+A pipeline with a deterministic scheduler is a chain of maps that can be undone one by one: DDIM (2010.02502, sections
+4.3 and 5.4), and Euler's steps along a flow (2209.03003). H-space editing starts from a real image this way: it is
+inverted to 0.7 T, edited there at one timestep, and denoised (Ijishakin et al., 2024).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import (
+    DiffusionPipeline,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
+from PIL import Image
+
+from .errors import InputError
+from .families import denoiser_of
+from .inverse_schedulers import InverseSteps, LastSteps, check_invertible
+from .pipelines import SAESteeringMixin
+
+PIPELINES = (StableDiffusionPipeline, StableDiffusionXLPipeline, StableDiffusion3Pipeline)
+DECIDED = (
+    "latents", "num_inference_steps", "timesteps", "sigmas", "height", "width", "num_images_per_prompt",
+    "prompt_embeds",
+)  # fmt: skip
+"""Arguments of a pipeline's call that an inversion decides."""
+
+
+@dataclass(frozen=True, eq=False)
+class Inversion:
+    """Where a deterministic run passes that ends at a given image. Nothing was drawn to find it: it has no seed.
+
+    Args:
+        latents: `(N, C, h, w)`, at the noise level of `timesteps[0]`.
+        timesteps: the scheduler's that are left to run from the latents on, falling.
+        prompt: one for each image.
+        to: share of the noise schedule that was asked for; `timesteps[0]` is at most `to * T`.
+        guidance_scale: of the inversion; 1 is none.
+        num_inference_steps: of a whole run, of which `timesteps` are the last.
+        training_timesteps: T.
+        size: height and width of the images.
+    """
+
+    latents: torch.Tensor
+    timesteps: tuple[float, ...]
+    prompt: tuple[str, ...]
+    to: float
+    guidance_scale: float
+    num_inference_steps: int
+    training_timesteps: int
+    size: tuple[int, int]
+
+    @property
+    def progress(self) -> float:
+        """Progress at which `run` begins, `1 - timesteps[0] / T`; edits that stop before never act."""
+        return 1 - self.timesteps[0] / self.training_timesteps
+
+    def window(self, at: float | None = None) -> dict[str, float]:
+        """`start` and `stop` around one step alone: `pipe.steer({5: 8.0}, **inversion.window(at=0.6))`.
+
+        Args:
+            at: share of the noise schedule; the step nearest to timestep `at * T` is meant. By default the first step
+                of `run`, which is h-space editing at `to`.
+
+        Raises:
+            InputError: `at` is outside (0, to].
+        """
+        if at is not None and not 0 < at <= self.to:
+            raise InputError(f"at={at} is no share of noise that the run passes; pass a number in (0, {self.to:g}].")
+        progress = [1 - t / self.training_timesteps for t in self.timesteps] + [1.0]
+        wanted = progress[0] if at is None else 1 - at
+        i = min(range(len(self.timesteps)), key=lambda i: abs(progress[i] - wanted))
+        half = (progress[i + 1] - progress[i]) / 2
+        before = (progress[i] - progress[i - 1]) / 2 if i else half
+        return {"start": max(progress[i] - before, 0.0), "stop": progress[i] + half}
+
+    def run(self, pipe: Any, **call: Any) -> Any:
+        """Generate from the latents, with the pipeline's plan in force; without edits, the image that was inverted.
+
+        Args:
+            pipe: that the image was inverted with, or another of the same model and scheduler.
+            call: further arguments of the pipeline's call, such as `output_type`, or another `prompt` or
+                `guidance_scale` than the inversion's.
+
+        Returns:
+            What the pipeline returns.
+
+        Raises:
+            InputError: an argument that the inversion decides, or a pipeline or scheduler that it does not fit.
+        """
+        check_invertible_pipeline(pipe)
+        taken = [name for name in DECIDED if name in call]
+        if taken:
+            raise InputError(f"{taken[0]} is decided by the inversion; leave it out, or invert the image anew.")
+        prompt = _one_an_image(call.pop("prompt", self.prompt), len(self.latents))
+        steps = LastSteps(pipe.scheduler, self.timesteps[0], self.timesteps)
+        arguments = {"guidance_scale": self.guidance_scale, **call, "prompt": prompt, "latents": self.latents}
+        return _with_scheduler(pipe, steps)(
+            height=self.size[0], width=self.size[1], num_inference_steps=self.num_inference_steps, **arguments
+        )
+
+
+def invert(
+    pipe: Any,
+    image: Any,
+    prompt: str | Sequence[str],
+    to: float = 0.7,
+    *,
+    num_inference_steps: int = 50,
+    iterations: int = 1,
+    guidance_scale: float = 1.0,
+) -> Inversion:
+    """Follow a deterministic pipeline backwards from an image towards the noise it would have come from.
+
+    Edits rest meanwhile, also where a plan is in force, and nothing is captured; the pipeline and its scheduler stay
+    as they are, and no random number is drawn.
+
+    Args:
+        pipe: a Stable Diffusion or SDXL pipeline with a `DDIMScheduler`, or a Stable Diffusion 3 pipeline with a
+            `FlowMatchEulerDiscreteScheduler`; steerable or not.
+        image: a PIL image, a tensor `(3, H, W)` or `(N, 3, H, W)` in [0, 1], or a list of images of one size.
+        prompt: what the image shows; one for all images, or one for each.
+        to: how far towards noise: up to timestep `to * T`, which is progress `1 - to`; 1 is pure noise. The steps
+            that a run of `num_inference_steps` has at or below that timestep are undone.
+        num_inference_steps: of a whole run from noise to image.
+        iterations: calls of the model for each step. 1 is plain DDIM inversion; with 3, what `run` reconstructs
+            is as near to the image as the autoencoder lets it be, at three times the cost.
+        guidance_scale: 1 is none, as in h-space editing; higher ones make the inversion less exact.
+
+    Raises:
+        InputError: anything above is wrong. Nothing is changed.
+    """
+    check_invertible_pipeline(pipe)
+    _check_numbers(pipe, to, num_inference_steps, iterations)
+    images = _as_images(image, _multiple(pipe))
+    prompts = _one_an_image(prompt, len(images))
+    training_timesteps = pipe.scheduler.config.num_train_timesteps
+    steps = InverseSteps(pipe.scheduler, to * training_timesteps, iterations)
+    twin = _with_scheduler(pipe, steps)
+    twin.__class__ = _stock_class(pipe)
+    size = images.shape[-2], images.shape[-1]
+    latents = twin(
+        prompt=prompts, latents=_encoded(pipe, images), num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale, height=size[0], width=size[1], output_type="latent",
+    ).images  # fmt: skip
+    return Inversion(
+        latents, steps.undone, tuple(prompts), float(to), float(guidance_scale), num_inference_steps,
+        training_timesteps, size,
+    )  # fmt: skip
+
+
+def check_invertible_pipeline(pipe: Any) -> None:
+    """Raise `InputError` for a pipeline that cannot be run backwards."""
+    if not isinstance(pipe, PIPELINES):
+        names = ", ".join(each.__name__ for each in PIPELINES)
+        raise InputError(f"{type(pipe).__name__} cannot be inverted; pass one of {names}.")
+    check_invertible(pipe.scheduler)
+
+
+def _check_numbers(pipe: Any, to: Any, num_inference_steps: Any, iterations: Any) -> None:
+    if not isinstance(to, (int, float)) or isinstance(to, bool) or not 0 < to <= 1:
+        raise InputError(
+            f"to={to!r} is no share of the noise schedule; pass a number in (0, 1], where 1 is pure noise."
+        )
+    most = pipe.scheduler.config.num_train_timesteps
+    for name, value, limit in (("num_inference_steps", num_inference_steps, most), ("iterations", iterations, None)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1 or (limit and value > limit):
+            upper = f" to {limit}" if limit else " on"
+            raise InputError(f"{name}={value!r} is no number of them; pass a whole number from 1{upper}.")
+
+
+def _multiple(pipe: Any) -> int:
+    """What height and width of an image must be divisible by."""
+    return math.lcm(8, pipe.vae_scale_factor * getattr(pipe, "patch_size", 1))
+
+
+def _as_images(image: Any, multiple: int) -> torch.Tensor:
+    """`(N, 3, H, W)` in [0, 1] from what `invert` was given; raises `InputError`."""
+    listed = list(image) if isinstance(image, (list, tuple)) else [image]
+    tensors = [_as_tensor(each) for each in listed]
+    sizes = {tuple(each.shape[-2:]) for each in tensors}
+    if len(sizes) != 1:
+        raise InputError(f"The images have {len(sizes)} different sizes; pass at least one, and all of one size.")
+    height, width = sizes.pop()
+    if height % multiple or width % multiple or not height * width:
+        raise InputError(
+            f"An image of {width} x {height} does not fit this pipeline; resize it to multiples of {multiple}."
+        )
+    return torch.cat(tensors)
+
+
+def _as_tensor(image: Any) -> torch.Tensor:
+    """`(N, 3, H, W)` of one PIL image or tensor."""
+    if isinstance(image, Image.Image):
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None] / 255
+    if not isinstance(image, torch.Tensor):
+        raise InputError(f"An image of type {type(image).__name__} was passed; pass a PIL image, a tensor or a list.")
+    if image.ndim not in (3, 4) or image.shape[-3] != 3 or not image.is_floating_point():
+        raise InputError(
+            f"The image is a tensor of {image.dtype} and shape {tuple(image.shape)}; "
+            "pass floating-point numbers (3, H, W) or (N, 3, H, W)."
+        )
+    if not ((image >= 0) & (image <= 1)).all():
+        raise InputError("The image has values outside 0 to 1 (or NaN); scale it to that range.")
+    return image.reshape(-1, *image.shape[-3:]).float()
+
+
+def _one_an_image(prompt: Any, count: int) -> list[str]:
+    prompts = [prompt] * count if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, (list, tuple)) or not all(isinstance(each, str) for each in prompts):
+        raise InputError(f"prompt={prompt!r} is no prompt; pass a string, or a list of one string for each image.")
+    if len(prompts) != count:
+        raise InputError(f"There are {len(prompts)} prompts for {count} images; pass one for all, or one for each.")
+    return list(prompts)
+
+
+@torch.no_grad()
+def _encoded(pipe: Any, images: torch.Tensor) -> torch.Tensor:
+    """The latents `(N, C, h, w)` of images `(N, 3, H, W)` in [0, 1]: the mode of the encoder's distribution."""
+    vae, dtype = pipe.vae, pipe.vae.dtype
+    overflows = dtype == torch.float16 and vae.config.force_upcast
+    try:
+        if overflows:
+            vae.to(torch.float32)
+        mode = vae.encode((2 * images - 1).to(pipe._execution_device, vae.dtype)).latent_dist.mode()
+    finally:
+        if overflows:
+            vae.to(dtype)
+    latents = (mode - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+    return latents.to(denoiser_of(pipe)[1].dtype)
+
+
+def _with_scheduler(pipe: Any, scheduler: Any) -> Any:
+    """The pipeline with another scheduler; it shares the modules, and the steering with its plan, if there is any."""
+    twin = copy.copy(pipe)
+    twin.register_modules(scheduler=scheduler)
+    return twin
+
+
+def _stock_class(pipe: Any) -> type:
+    """The pipeline's class without steering. Its call does not arm the hooks."""
+    return next(
+        each
+        for each in type(pipe).__mro__
+        if issubclass(each, DiffusionPipeline) and not issubclass(each, SAESteeringMixin)
+    )
