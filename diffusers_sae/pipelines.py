@@ -7,7 +7,6 @@ import functools
 import importlib
 import json
 import os
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +22,7 @@ from .errors import InputError
 from .families import PIPELINES, check_supported
 from .hooks import CaptureHook, LoadedSAE
 from .loaders import Source, load_sae
+from .origin import base_model, warn_of_other_recipe, warn_of_other_sae
 from .recipes import edits_of, read_json, recipe_of
 from .rules import Rule, checked_rule
 from .saes import SparseAutoencoder
@@ -95,7 +95,7 @@ class SAESteeringMixin:
                 f"The SAE takes activations of width {sae.d_in} and {where} has {width}; "
                 "load an SAE that was trained at this site."
             )
-        _warn_of_other_origin(self, sae, where)
+        warn_of_other_sae(self, sae, where)
         self._steering.add(LoadedSAE(name, sae.eval().requires_grad_(False), where), place)
 
     def steer(
@@ -165,7 +165,7 @@ class SAESteeringMixin:
         Raises:
             InputError: a strength is a function. Nothing is written.
         """
-        recipe = recipe_of(self._steering.loaded, type(self).__name__, _base_model(self))
+        recipe = recipe_of(self._steering.loaded, type(self).__name__, base_model(self))
         text = json.dumps(recipe, indent=1)
         Path(path).write_text(text + "\n")
 
@@ -177,9 +177,7 @@ class SAESteeringMixin:
         """
         recipe = read_json(path)
         edits = edits_of(recipe, self._steering.loaded)
-        trained_on, loaded = recipe.get("base_model"), _base_model(self)
-        if trained_on and loaded and _short(trained_on) != _short(loaded):
-            _warn(f"The recipe was made on {trained_on} and this pipeline is {loaded}")
+        warn_of_other_recipe(self, recipe.get("base_model"))
         for name, found in edits.items():
             for edit in found:
                 check_fits(edit, self._steering.loaded[name].site)
@@ -332,26 +330,3 @@ def _steerable(cls: Any) -> type:
         (SAESteeringPipeline, cls),
         {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__, "__call__": __call__},
     )
-
-
-def _warn_of_other_origin(pipe: Any, sae: SparseAutoencoder, place: Site) -> None:
-    """Warn if the SAE was trained for another base model or another kind of site than the one it is put at."""
-    origin = sae.provenance
-    trained_on, loaded = origin.get("base_model"), _base_model(pipe)
-    if trained_on and loaded and _short(trained_on) != _short(loaded):
-        _warn(f"The SAE was trained on {trained_on} and this pipeline is {loaded}")
-    if "site" in origin and Site.of(origin["site"]) != place:
-        _warn(f"The SAE was trained at {Site.of(origin['site'])} and is loaded at {place}")
-
-
-def _base_model(pipe: Any) -> str | None:
-    """Where the pipeline was loaded from, if from anywhere."""
-    return pipe.config.get("_name_or_path")
-
-
-def _warn(what: str) -> None:
-    warnings.warn(f"{what}; its features may not mean the same here.", stacklevel=4)
-
-
-def _short(name: str) -> str:
-    return os.path.basename(os.path.normpath(name)).lower()

@@ -1,0 +1,42 @@
+"""What SAEs, recipes and pipelines were made from, and warnings where that differs."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any
+
+from .saes import SparseAutoencoder
+from .sites import Site
+
+
+def base_model(pipe: Any) -> str | None:
+    """Where the pipeline was loaded from, if from anywhere."""
+    return pipe.config.get("_name_or_path")
+
+
+def warn_of_other_sae(pipe: Any, sae: SparseAutoencoder, place: Site) -> None:
+    """Warn if the SAE was trained for another base model or another kind of site than the one it is put at."""
+    origin = sae.provenance
+    _warn_of_other_model(pipe, origin.get("base_model"), "The SAE was trained on")
+    if "site" in origin and Site.of(origin["site"]) != place:
+        _warn(f"The SAE was trained at {Site.of(origin['site'])} and is loaded at {place}")
+
+
+def warn_of_other_recipe(pipe: Any, made_on: str | None) -> None:
+    """Warn if a recipe was made on another base model."""
+    _warn_of_other_model(pipe, made_on, "The recipe was made on")
+
+
+def _warn_of_other_model(pipe: Any, other: str | None, told: str) -> None:
+    loaded = base_model(pipe)
+    if other and loaded and _short(other) != _short(loaded):
+        _warn(f"{told} {other} and this pipeline is {loaded}")
+
+
+def _warn(what: str) -> None:
+    warnings.warn(f"{what}; its features may not mean the same here.", stacklevel=5)
+
+
+def _short(name: str) -> str:
+    return os.path.basename(os.path.normpath(name)).lower()
