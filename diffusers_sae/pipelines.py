@@ -206,6 +206,20 @@ class SAESteeringMixin:
         with state.attached(list(zip(found, hooks, strict=True))):
             yield activations
 
+    def check_sae(self, prompt: str | Sequence[str], adapter_name: str | None = None, **call: Any) -> Any:
+        """Run once, unsteered, and tell whether a loaded SAE fits its site, or which tensor nearby it fits.
+
+        Returns:
+            `SAECheck`: a `verdict`, and figures by tensor, branch and timestep; printed, it is a table.
+
+        Raises:
+            InputError: no such SAE, or its site did not run.
+        """
+        from .evaluation.checking import check_sae
+
+        one = self._named(adapter_name)
+        return check_sae(self, one.sae, one.site, prompt, **call)
+
     def enable_sae(self, adapter_name: str | None = None) -> None:
         """Let the edits of one SAE, or of all, act again."""
         self._switch(adapter_name, True)

@@ -1,0 +1,229 @@
+"""Whether an SAE fits the tensor that it is put at, and which tensor nearby it fits better."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from ..context import Context
+from ..errors import InputError
+from ..hooks import CaptureHook
+from ..saes import SparseAutoencoder
+from ..sites import BLOCK_STREAMS, KINDS, LAYOUTS, STREAMS, Place, Site, resolve, width_of
+from .reconstruction import ReconstructionMeter
+
+PLACES = 64
+"""Rows of each image and step that are looked at, evenly spread."""
+NEIGHBOURS = 6
+"""Blocks of the SAE's width that are looked at beside the site's."""
+FITS = 0.5
+"""FVU up to which an SAE is said to fit; trained ones have 0.05 to 0.3."""
+BETTER = 0.7
+"""By how much less FVU another tensor is said to be the one that was meant."""
+
+
+@dataclass
+class CandidateFigures:
+    """What an SAE makes of one tensor.
+
+    Args:
+        fvu, l0: over all rows.
+        seen: share of latents that fired at all.
+        by_step: FVU by (branch, timestep).
+        norm: mean norm of the rows' mean; of the SAE, it is that of `b_dec`.
+        spread: root of the mean square distance of rows from their mean.
+        cosine: between the rows' mean and `b_dec`.
+    """
+
+    fvu: float
+    l0: float
+    seen: float
+    by_step: dict[tuple[str, float], float]
+    norm: float
+    spread: float
+    cosine: float
+
+
+@dataclass
+class SAECheck:
+    """What `check_sae` found: a sentence, and the figures of the site and of what lies nearby."""
+
+    site: Site
+    verdict: str
+    expected_norm: float
+    candidates: dict[Site, CandidateFigures]
+
+    @property
+    def fits(self) -> bool:
+        return self.best == self.site and self.candidates[self.site].fvu <= FITS
+
+    @property
+    def best(self) -> Site:
+        """The tensor that the SAE is for; its site, unless another one has much less FVU."""
+        return _best(self.site, self.candidates)
+
+    def __str__(self) -> str:
+        lines = [self.verdict, "", f"{'tensor':<60} {'FVU':>8} {'L0':>7} {'seen':>6} {'|mean|':>8} {'spread':>8}"]
+        for site, f in sorted(self.candidates.items(), key=lambda item: item[1].fvu):
+            mark = "*" if site == self.site else " "
+            lines.append(f"{mark}{site!s:<59} {f.fvu:8.3f} {f.l0:7.1f} {f.seen:6.1%} {f.norm:8.2f} {f.spread:8.2f}")
+        lines += ["", f"The SAE's b_dec has norm {self.expected_norm:.2f}.", "FVU by branch and timestep at the site:"]
+        for (branch, timestep), fvu in self.candidates[self.site].by_step.items():
+            lines.append(f"  {branch:<8} {timestep:8.1f} {fvu:8.3f}")
+        return "\n".join(lines)
+
+
+def check_sae(pipe: Any, sae: SparseAutoencoder, site: Site, prompt: str | Sequence[str], **call: Any) -> SAECheck:
+    """Run the pipeline once, unsteered, and measure the SAE at its site and at the tensors nearby.
+
+    Nearby are the module's output, input and update, its other stream, and the same of the nearest blocks of its class
+    that have the SAE's width.
+
+    Args:
+        pipe: a steerable pipeline.
+        sae: the SAE, loaded or not.
+        site: where it is put.
+        prompt, call: of the pipeline's call.
+
+    Raises:
+        InputError: the site does not exist, or did not run.
+    """
+    sae.fetch()
+    device = sae.W_dec.device
+    sae.to("cpu")
+    meters = {each: _Meter(sae, each) for each in _candidates(pipe, site, sae.d_in)}
+    state = pipe._steering
+    hooks = [
+        (resolve(pipe, each), CaptureHook(each, meter.take, lambda: state.armed)) for each, meter in meters.items()
+    ]
+    try:
+        with _resting(pipe), state.attached(hooks):
+            pipe(prompt, **{"output_type": "latent", **call})
+    finally:
+        sae.to(device)
+    found = {each: meter.figures() for each, meter in meters.items() if meter.rows}
+    if site not in found:
+        raise InputError(f"{site} did not run, or has not the SAE's width of {sae.d_in}; choose another site.")
+    norm = float(sae.b_dec.norm()) if hasattr(sae, "b_dec") else 0.0
+    return SAECheck(site, _verdict(site, found), norm, found)
+
+
+@contextmanager
+def _resting(pipe: Any) -> Iterator[None]:
+    """All SAEs of the pipeline disabled."""
+    loaded = pipe._steering.loaded
+    before = {name: one.enabled for name, one in loaded.items()}
+    try:
+        for one in loaded.values():
+            one.enabled = False
+        yield
+    finally:
+        for name, enabled in before.items():
+            loaded[name].enabled = enabled
+
+
+def _candidates(pipe: Any, site: Site, width: int) -> list[Site]:
+    """The site, and tensors nearby that could have the width."""
+    here = [replace(site, kind=kind) for kind in KINDS]
+    text = [replace(site, stream=stream) for stream in STREAMS if stream != site.stream]
+    paths = [path for path in _neighbours(pipe, site) if _could_have(resolve(pipe, Site(path)), Site(path), width)]
+    near = [replace(site, path=path, kind=kind) for path in paths[:NEIGHBOURS] for kind in KINDS]
+    found = [site]
+    for each in (*here, *text, *near):
+        if each not in found and _could_have(resolve(pipe, each), each, width):
+            found.append(each)
+    return found
+
+
+def _neighbours(pipe: Any, site: Site) -> list[str]:
+    """Modules of the same class in the same component, the nearest in the order of its layers first."""
+    place = resolve(pipe, site)
+    paths = [f"{place.root_name}.{name}" for name, m in place.root.named_modules() if type(m) is type(place.module)]
+    own = paths.index(site.path)
+    return sorted((p for p in paths if p != site.path), key=lambda path: abs(paths.index(path) - own))
+
+
+def _could_have(place: Place, site: Site, width: int) -> bool:
+    known = width_of(place)
+    if known is not None and known != width and site.kind == "output":
+        return False
+    if site.stream == "text":
+        return BLOCK_STREAMS.get(type(place.module).__name__, (0, None))[1] is not None
+    return True
+
+
+@dataclass
+class _Meter:
+    """Takes what a site holds, and measures it at once."""
+
+    sae: SparseAutoencoder
+    site: Site
+    rows: int = 0
+    _by_branch: dict[str, ReconstructionMeter] = field(default_factory=dict)
+    _total: torch.Tensor | float = 0.0
+    _square: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._pooled = ReconstructionMeter(self.sae)
+
+    @torch.no_grad()
+    def take(self, site: Site, x: torch.Tensor, context: Context) -> None:
+        for branch, part in context.parts():
+            rows = LAYOUTS[self.site.layout].to_rows(x[part])
+            if rows.shape[-1] != self.sae.d_in:
+                return
+            every = max(1, rows.shape[1] // PLACES)
+            chosen = rows[:, ::every].reshape(-1, self.sae.d_in).float().cpu()
+            self._by_branch.setdefault(branch, ReconstructionMeter(self.sae)).add(context.timestep, chosen)
+            self._pooled.add(context.timestep, chosen)
+            self.rows += len(chosen)
+            self._total = self._total + chosen.double().sum(0)
+            self._square += float(chosen.double().square().sum())
+
+    def figures(self) -> CandidateFigures:
+        pooled = self._pooled.figures()
+        mean = torch.as_tensor(self._total) / self.rows
+        variance = self._square / self.rows - float(mean.square().sum())
+        centre = self.sae.b_dec.double() if hasattr(self.sae, "b_dec") else torch.zeros_like(mean)
+        return CandidateFigures(
+            fvu=float(pooled["fvu"]),  # type: ignore[arg-type]
+            l0=float(pooled["l0"]),  # type: ignore[arg-type]
+            seen=1 - float(pooled["dead"]),  # type: ignore[arg-type]
+            by_step={
+                (branch, timestep): fvu
+                for branch, meter in self._by_branch.items()
+                for timestep, fvu in meter.figures()["fvu_by_timestep"].items()  # type: ignore[attr-defined]
+            },
+            norm=float(mean.norm()),
+            spread=max(0.0, variance) ** 0.5,
+            cosine=float(torch.cosine_similarity(mean, centre, dim=0)),
+        )
+
+
+def _best(site: Site, found: dict[Site, CandidateFigures]) -> Site:
+    best = min(found, key=lambda each: found[each].fvu)
+    return best if found[best].fvu < BETTER * found[site].fvu else site
+
+
+def _verdict(site: Site, found: dict[Site, CandidateFigures]) -> str:
+    best, here = _best(site, found), found[site].fvu
+    if best == site and here <= FITS:
+        return f"The SAE fits {site}: FVU {here:.3f}, L0 {found[site].l0:.1f}."
+    if found[best].fvu <= FITS:
+        told = ", ".join(
+            f"{name}={value!r}"
+            for name, value in best.as_dict().items()
+            if name == "path" or value != getattr(Site(best.path), name)
+        )
+        return (
+            f"This SAE was not trained on {site} but on {best}: FVU {here:.3f} against {found[best].fvu:.3f}; "
+            f"load it with site=Site({told})."
+        )
+    return (
+        f"The SAE fits nothing that was tried: FVU {here:.3f} at {site}, and at best {found[best].fvu:.3f} at {best}; "
+        "check the base model, the layer and how the pipeline is called."
+    )
