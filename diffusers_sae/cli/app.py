@@ -5,6 +5,8 @@ from __future__ import annotations
 import typer
 
 from .capture import capture
+from .check import check
+from .convert import convert
 from .demo import demo
 from .evaluate import evaluate
 from .inspect import inspect
@@ -22,3 +24,5 @@ app.command()(evaluate)
 app.command()(capture)
 app.command()(train)
 app.command()(inspect)
+app.command()(convert)
+app.command()(check)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
@@ -42,7 +41,6 @@ def train(
     from accelerate import Accelerator
 
     from ..capture import ActivationStore
-    from ..checksums import write_checksums
     from ..evaluation.reconstruction import measure_on_store
     from ..saes import ARCHITECTURES, BatchTopKSAE, TopKSAE
     from ..training import TrainingConfig, train_on_store
@@ -93,10 +91,8 @@ def train(
     if not accelerator.is_main_process:
         return
     figures, statistics = measure_on_store(sae, activations.part(start=-held_out))
-    sae.save_pretrained(out)
-    statistics.save(out)
-    (out / "held_out.json").write_text(json.dumps(figures, indent=1) + "\n")
-    write_checksums(out)
+    sae.statistics = statistics
+    sae.save_pretrained(out, figures=figures)
     worst = max(figures["fvu_by_timestep"].values())  # type: ignore[attr-defined]
     typer.echo(
         f"FVU {figures['fvu']:.4f} (worst timestep {worst:.4f}), L0 {figures['l0']:.1f}, "

@@ -16,7 +16,7 @@ from ..errors import InputError
 from ..saes import LatentStatistics, SparseAutoencoder
 from .formats import format_of
 from .known import record_of, told_by
-from .reading import BROKEN, is_weights, read_config, read_file, unreadable
+from .reading import BROKEN, is_weights, read_config, read_file, read_labels, unreadable
 from .stored import stored_tensors
 from .weights import Weights
 
@@ -50,6 +50,7 @@ def load_sae(
     weight_name: str | None = None,
     config: Mapping[str, Any] | None = None,
     variant: str | None = None,
+    inert: bool = False,
     **hub_kwargs: Any,
 ) -> SparseAutoencoder:
     """Read an SAE of any known layout, with its statistics if they lie beside it.
@@ -60,6 +61,8 @@ def load_sae(
         weight_name: the weights file, where there are several.
         config: what the files leave out (`{"k": 32}`), or a layout (`{"format": "sparsify"}`).
         variant: as in diffusers' loaders, `fp16` for `....fp16.safetensors`.
+        inert: read pickles that hold objects of unknown classes too, with an empty shell for each; nothing in them is
+            run. For files that `diffusers-sae convert` turns into safetensors.
         hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, ... of `huggingface_hub.snapshot_download`.
 
     Raises:
@@ -77,11 +80,11 @@ def load_sae(
         found = download(str(source), subfolder, hub_kwargs)
     if not found.folder.is_dir():
         raise InputError(f"{found.folder} does not exist; its parent holds {_subfolders(found.folder.parent)}.")
-    return _from_folder(found, weight_name, config or {}, variant)
+    return _from_folder(found, weight_name, config or {}, variant, inert)
 
 
 def _from_folder(
-    found: Found, weight_name: str | None, config: Mapping[str, Any], variant: str | None
+    found: Found, weight_name: str | None, config: Mapping[str, Any], variant: str | None, inert: bool
 ) -> SparseAutoencoder:
     folder = found.folder
     verify_checksums(folder, below=LARGE)
@@ -90,11 +93,12 @@ def _from_folder(
     if file.suffix == ".safetensors" and file.is_file() and file.stat().st_size >= LARGE:
         sae, digest = _left_on_disk(file, told), None
     else:
-        tensors, beside = read_file(file)
+        tensors, beside = read_file(file, inert=inert)
         sae = _made(Weights(tensors, {**beside, **told}, str(file), folder))
         digest = sha256(file)
     statistics = LatentStatistics.load(folder)
     sae.statistics = sae.statistics if statistics is None else statistics
+    sae.labels = read_labels(folder, sae.n_latents)
     if "_class_name" not in told:
         _remember(sae, found, file, digest)
     return sae

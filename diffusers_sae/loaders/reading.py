@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..errors import InputError
+from ..saes.card import LABELS
 from .stored import stored_tensors
 
 CONFIGS = ("config.json", "cfg.json")
@@ -160,6 +161,17 @@ def _parameters(state: Mapping[str, Any], prefix: str = "", depth: int = 0) -> d
 
 def _plain(state: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in state.items() if isinstance(value, (int, float, str, bool))}
+
+
+def read_labels(folder: Path, n_latents: int) -> dict[int, str] | None:
+    """`{feature: label}` of the folder's `labels.json`, or `None`; raises `InputError` if it names no features."""
+    file = folder / LABELS
+    if not file.is_file():
+        return None
+    told = _json(file.read_bytes(), file)
+    if not all(name.isdecimal() and int(name) < n_latents and isinstance(told[name], str) for name in told):
+        raise InputError(f"{file} must be an object {{feature: label}} of features 0 to {n_latents - 1}; mend it.")
+    return {int(name): label for name, label in told.items()}
 
 
 def _json(data: bytes, file: Path) -> dict[str, Any]:

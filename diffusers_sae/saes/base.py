@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -13,6 +14,7 @@ from torch import nn
 
 from ..checksums import write_checksums
 from ..errors import InputError
+from .card import FIGURES, LABELS, write_card
 from .normalization import NORMS, checked_norm
 from .ops import sparse_decode
 
@@ -47,7 +49,8 @@ class SparseAutoencoder(ModelMixin, ConfigMixin):
     A subclass defines `encode_sparse` and `encode_only` and registers its arguments as config, which also carries the
     **provenance**, a dict of plain values: the `site` (a dict with path, kind, stream and layout), the base model and
     its revision, and the scheduler, steps, guidance and resolution at which the activations were captured.
-    `statistics` are those of its latents, where they are known; they are saved beside the weights.
+    `statistics` and `labels` (`{feature: label}`) are those of its latents, where they are known; they are saved beside
+    the weights.
     """
 
     W_enc: nn.Parameter
@@ -56,6 +59,7 @@ class SparseAutoencoder(ModelMixin, ConfigMixin):
     b_dec: nn.Parameter
     input_norm: str | None = None
     statistics: LatentStatistics | None = None
+    labels: Mapping[int, str] | None = None
 
     def _make_parameters(self, d_in: int, n_latents: int, input_norm: str | None) -> None:
         """Random unit directions, the encoder tied to the decoder (Gao et al., 2024, section 2.4), zero biases."""
@@ -171,14 +175,25 @@ class SparseAutoencoder(ModelMixin, ConfigMixin):
         """The reconstruction of `x (..., d)`."""
         return self.restored(self.decode_sparse(self.encode_sparse(x)), x)
 
-    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Write `config.json`, safetensors and their checksums; with `push_to_hub`, upload the folder as it is.
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        push_to_hub: bool = False,
+        figures: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write config, safetensors, statistics, labels, a card and checksums; or upload the folder, too.
 
-        `repo_id`, `token`, `private` and `commit_message` are passed on to the hub.
+        Args:
+            save_directory: the folder; one that is named by its site is found by `load_sae(..., subfolder=site)`. A
+                `picture.png` in it is shown on the card; a card that is there already is kept.
+            push_to_hub: upload the folder as it is, by `repo_id`, `token`, `private` and `commit_message`.
+            figures: of rows held out, for the card.
+            kwargs: as of diffusers' models.
         """
         hub = {key: kwargs.pop(key, None) for key in ("repo_id", "token", "private", "commit_message")}
         super().save_pretrained(save_directory, **kwargs)
-        write_checksums(Path(save_directory))
+        self._write_companions(Path(save_directory), figures)
         if push_to_hub:
             from huggingface_hub import HfApi
 
@@ -186,3 +201,16 @@ class SparseAutoencoder(ModelMixin, ConfigMixin):
             repo = api.create_repo(hub["repo_id"] or Path(save_directory).name, private=hub["private"], exist_ok=True)
             message = hub["commit_message"] or f"Upload {type(self).__name__}"
             api.upload_folder(repo_id=repo.repo_id, folder_path=save_directory, commit_message=message)
+
+    def _write_companions(self, folder: Path, figures: Mapping[str, Any] | None) -> None:
+        """What lies beside the weights."""
+        if self.statistics is not None:
+            self.statistics.save(folder)
+        if figures is not None:
+            (folder / FIGURES).write_text(json.dumps(figures, indent=1) + "\n")
+        if self.labels:
+            told = {str(self.checked_feature(feature)): label for feature, label in self.labels.items()}
+            (folder / LABELS).write_text(json.dumps(told, indent=1) + "\n")
+        arguments = {name: value for name, value in self.config.items() if name[:1] != "_" and name != "provenance"}
+        write_card(folder, type(self).__name__, arguments, self.provenance, self.statistics is not None)
+        write_checksums(folder)

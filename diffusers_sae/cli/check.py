@@ -1,0 +1,30 @@
+"""`diffusers-sae check`: whether an SAE fits a tensor of a pipeline."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def check(
+    model: Annotated[str, typer.Argument(help="Pipeline: hub repository or folder.")],
+    sae: Annotated[str, typer.Argument(help="SAE: hub repository, folder or weights file.")],
+    prompt: Annotated[str, typer.Option(help="To generate from.")] = "a photo of a cat",
+    site: Annotated[str | None, typer.Option(help="Where to put it, if its files don't say.")] = None,
+    kind: Annotated[str, typer.Option(help="Of that site: output, input or update.")] = "output",
+    subfolder: Annotated[str | None, typer.Option(help="Of the SAE.")] = None,
+    steps: Annotated[int, typer.Option(help="Steps of the denoising.")] = 20,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; the pipeline's by default.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="What the files leave out: k=32, again.")] = None,
+) -> None:
+    """Run a pipeline once and tell which of its tensors an SAE was trained on."""
+    from ..pipelines import SAESteeringPipeline
+    from ..sites import Site
+    from .convert import settings_of
+
+    pipe = SAESteeringPipeline.from_pretrained(model)
+    where = None if site is None else Site(site, kind=kind)
+    pipe.load_sae(sae, where, subfolder=subfolder, config=settings_of(set_ or []))
+    call = {"num_inference_steps": steps, **({} if guidance is None else {"guidance_scale": guidance})}
+    typer.echo(pipe.check_sae(prompt, **call))

@@ -1,0 +1,214 @@
+"""A hundred and more files that are wrong in a hundred ways: a sentence for each, nothing run, little memory taken."""
+
+import io
+import itertools
+import json
+import os
+import pickle
+import resource
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from layouts import LAYOUTS, D, K, N, random
+from safetensors.torch import load_file, save_file
+
+from diffusers_sae import InputError, load_sae
+
+MARK = "MARK_OF_CODE_THAT_RAN"
+READ = ["sparsify", "sdxl_unbox", "re_n_y", "sae_lens_topk", "dl_batch_topk", "daujotas", "openai"]
+
+
+def file_of(folder: Path) -> Path:
+    return next(p for p in folder.iterdir() if p.suffix in (".safetensors", ".pt", ".pth"))
+
+
+def change(folder, alter):
+    """Write the tensors of the folder's file again after `alter(state)`."""
+    file = file_of(folder)
+    if file.suffix == ".safetensors":
+        state = load_file(file)
+        alter(state)
+        save_file({k: v.contiguous() for k, v in state.items()}, file)
+    else:
+        state = torch.load(file, weights_only=True)
+        alter(state.get("state_dict", state))
+        torch.save(state, file)
+
+
+def is_weight(tensor):
+    return torch.is_tensor(tensor) and tensor.is_floating_point()
+
+
+def missing(i):
+    def alter(state):
+        name = [k for k, v in state.items() if is_weight(v) and v.ndim][i]
+        del state[name]
+
+    return alter
+
+
+def reshaped(make):
+    def alter(state):
+        name = next(k for k, v in state.items() if is_weight(v) and v.ndim == 2)
+        state[name] = make(state[name])
+
+    return alter
+
+
+def all_of(make):
+    def alter(state):
+        for name, tensor in state.items():
+            if is_weight(tensor):
+                state[name] = make(tensor)
+
+    return alter
+
+
+TENSORS = {
+    **{f"without tensor {i}": missing(i) for i in range(4)},
+    "a row too few": reshaped(lambda t: t[:-1]),
+    "a column too few": reshaped(lambda t: t[:, :-1]),
+    "three dimensions": reshaped(lambda t: t[None]),
+    "flat": reshaped(lambda t: t.flatten()),
+    "NaN": reshaped(lambda t: t / 0),
+    "infinite everywhere": all_of(lambda t: t * torch.inf),
+    "zero latents": all_of(lambda t: t[:0] if t.ndim else t),
+    "renamed": lambda state: state.update({f"x.{k}": state.pop(k) for k in list(state)}),
+    "empty": lambda state: state.clear() or state.update(x=torch.zeros(1)),
+}
+BYTES = {
+    "nothing": lambda b: b"",
+    "cut in half": lambda b: b[: len(b) // 2],
+    "the last byte gone": lambda b: b[:-1],
+    "noise": lambda b: os.urandom(500),
+    "text": lambda b: b"not found\n",
+    "a page": lambda b: b"<html>404</html>",
+    "the header's length a lie": lambda b: (2**62).to_bytes(8, "little") + b[8:],
+    "zeros": lambda b: bytes(len(b)),
+}
+CONFIGS = {
+    "no JSON": "{",
+    "a list": "[]",
+    "a number": "7",
+    "nested without end": "[" * 100_000,
+    "not text": "\x00\x01",
+    "k = 0": json.dumps({"k": 0}),
+    "k < 0": json.dumps({"k": -3}),
+    "k as text": json.dumps({"k": "many"}),
+    "k true": json.dumps({"k": True}),
+    "k = 1e9": json.dumps({"k": 10**9}),
+    "k NaN": '{"k": NaN}',
+    "another class": json.dumps({"_class_name": "Transformer2DModel"}),
+    "an unknown argument": json.dumps({"_class_name": "TopKSAE", "k": 3, "colour": "red"}),
+    "a width that lies": json.dumps({"k": 3, "d_in": 7, "d_model": 7, "features": 7}),
+    "latents that lie": json.dumps({"k": 3, "num_latents": 99, "n_dirs_local": 99, "pages": 99}),
+}
+
+
+class Runs:
+    def __init__(self, call):
+        self.call = call
+
+    def __reduce__(self):
+        return self.call
+
+
+def hostile(mark):
+    """Pickles that run something where they can."""
+    code = f"open({str(mark)!r}, 'w').close()"
+    yield "os.system", Runs((os.system, (f"touch {mark}",)))
+    yield "eval", Runs((eval, (code,)))
+    yield "exec", Runs((exec, (code,)))
+    yield "__import__", Runs((__import__, ("os",)))
+    yield "open", Runs((open, (str(mark), "w")))
+    yield "in a state dict", {"encoder.weight": Runs((os.system, (f"touch {mark}",)))}
+    yield "in a list", [torch.zeros(2), Runs((os.system, (f"touch {mark}",)))]
+    yield "bytearray of a petabyte", Runs((bytearray, (2**50,)))
+
+
+def bombs(folder):
+    """Files that claim far more than they hold."""
+    for name, size in (("a petabyte", 2**50), ("overflow", 2**63)):
+        header = json.dumps({"W_dec": {"dtype": "F32", "shape": [size // 4, 1], "data_offsets": [0, size]}}).encode()
+        yield f"safetensors: {name}", len(header).to_bytes(8, "little") + header, "x.safetensors"
+    header = json.dumps({"W_dec": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 4]}}).encode()
+    yield "safetensors: a shape that lies", len(header).to_bytes(8, "little") + header + bytes(4), "x.safetensors"
+    header = json.dumps({"W_dec": {"dtype": "F32", "shape": [-1, -4], "data_offsets": [0, 16]}}).encode()
+    yield "safetensors: negative", len(header).to_bytes(8, "little") + header + bytes(16), "x.safetensors"
+    expanded = torch.zeros(1).expand(2**20, 2**18)
+    buffer = io.BytesIO()
+    torch.save({"encoder.weight": expanded, "enc_bias": torch.zeros(3)}, buffer)
+    yield "torch: a terabyte with stride 0", buffer.getvalue(), "x.pt"
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({}, protocol=2))
+        archive.writestr("archive/data/0", bytes(2**28))
+    yield "zip: 256 MB in 260 kB", buffer.getvalue(), "x.pt"
+    yield "saev: a header without end", b"{" * (2**20), "sae.pt"
+
+
+def refused(folder, **arguments):
+    with pytest.raises(InputError) as error:
+        load_sae(folder, **arguments)
+    sentence = str(error.value)
+    assert sentence.endswith(".") and "\n" not in sentence and len(sentence) < 1500, sentence
+    return sentence
+
+
+@pytest.mark.parametrize(("layout", "wrong"), itertools.product(READ, TENSORS))
+def test_tensors(layout, wrong, tmp_path):
+    arguments, _ = LAYOUTS[layout](tmp_path, random())
+    change(tmp_path, TENSORS[wrong])
+    refused(tmp_path, **arguments)
+
+
+@pytest.mark.parametrize(("layout", "wrong"), itertools.product(["sparsify", "sdxl_unbox", "saev_topk"], BYTES))
+def test_bytes(layout, wrong, tmp_path):
+    arguments, _ = LAYOUTS[layout](tmp_path, random())
+    file = file_of(tmp_path)
+    file.write_bytes(BYTES[wrong](file.read_bytes()))
+    refused(tmp_path, **arguments)
+
+
+@pytest.mark.parametrize(("layout", "wrong"), itertools.product(["sparsify", "sdxl_unbox", "re_n_y"], CONFIGS))
+def test_configs(layout, wrong, tmp_path):
+    LAYOUTS[layout](tmp_path, random())
+    (config,) = tmp_path.glob("*.json")
+    config.write_text(CONFIGS[wrong])
+    refused(tmp_path)
+
+
+@pytest.mark.parametrize("inert", [False, True])
+def test_hostile_pickles_run_nothing(inert, tmp_path):
+    for i, (name, thing) in enumerate(hostile(tmp_path / MARK)):
+        for how in (torch.save, lambda thing, file: file.write_bytes(pickle.dumps(thing))):
+            file = tmp_path / f"{i}.pt"
+            how(thing, file)
+            refused(file, inert=inert)
+            assert not (tmp_path / MARK).exists(), name
+
+
+def test_the_pickles_above_do_run_where_they_can(tmp_path):
+    name, thing = next(hostile(tmp_path / MARK))
+    pickle.loads(pickle.dumps(thing))
+    assert (tmp_path / MARK).exists(), name
+
+
+def test_bombs_take_no_memory(tmp_path):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for name, data, file in bombs(tmp_path):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_bytes(data)
+        refused(tmp_path / name, config={"k": 2})
+        refused(tmp_path / name, config={"k": 2}, inert=True)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB; the largest claims 2^60
+
+
+def test_the_files_are_right_before_they_are_made_wrong(tmp_path):
+    for layout in (*READ, "saev_topk"):
+        arguments, _ = LAYOUTS[layout](tmp_path / layout, random())
+        change(tmp_path / layout, lambda state: None) if layout != "saev_topk" else None
+        assert load_sae(tmp_path / layout, **arguments).n_latents == N
+    assert (D, K) == (6, 9)
