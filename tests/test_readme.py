@@ -1,4 +1,4 @@
-"""The README's tables of what works are those of the tested matrix; `python tests/test_readme.py` writes them."""
+"""The README's tables are made from the tested matrix and the registry of layouts, by `python tests/test_readme.py`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from test_matrix import attentions
 from test_neighbours import NEIGHBOURS
 from tiny import PIPELINES
 
+from diffusers_sae.loaders.formats import FORMATS
+from diffusers_sae.loaders.known import RECORDS
+
 README = Path(__file__).parents[1] / "README.md"
-BEGIN, END = "<!-- matrix: made by tests/test_readme.py -->", "<!-- end of matrix -->"
 
 
-def tables() -> str:
+def matrix() -> str:
     """The families with the site that is tested, and the neighbours."""
     lines = ["| family | class | steered at | attention in it | rows of a step |", "|---|---|---|---|---|"]
     for name, tiny in PIPELINES.items():
@@ -33,9 +35,32 @@ def tables() -> str:
     return "\n".join(lines)
 
 
+def layouts() -> str:
+    """The layouts of SAE files that are read, and whether they are written."""
+    lines = ["| layout | of | codes | written |", "|---|---|---|---|"]
+    for layout in FORMATS.values():
+        cells = f"`{layout.name}`", layout.whose, layout.rule, "yes" if layout.write else ""
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def known() -> str:
+    """The repositories whose site is known."""
+    lines = ["| repository | subfolders | trained on |", "|---|---|---|"]
+    for name, record in RECORDS.items():
+        lines.append(f"| `{name}` | {', '.join(record.nicknames)} | {record.base_model or (record.note or '').removeprefix('trained on ')} |")
+    return "\n".join(lines)
+
+
+TABLES = {"matrix": matrix, "layouts": layouts, "known": known}
+
+
 def with_tables(text: str) -> str:
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{tables()}\n{END}{rest.split(END)[1]}"
+    for name, table in TABLES.items():
+        begin, end = f"<!-- {name}: made by tests/test_readme.py -->", f"<!-- end of {name} -->"
+        before, rest = text.split(begin)
+        text = f"{before}{begin}\n{table()}\n{end}{rest.split(end)[1]}"
+    return text
 
 
 def test_the_readme_tells_what_is_tested():
