@@ -143,6 +143,8 @@ def check_fits(edit: Edit, site: Site) -> None:
         raise InputError(
             f"tokens are for sites of text and for w, and {site} is neither; pass mask= to choose places of an image."
         )
+    if site.is_argument and (edit.mask is not None or edit.operation.overwrites):
+        raise InputError(f"{site} has one row an image and no places; leave mask= out, and choose another mode.")
     if site.has_tokens and edit.mask is not None:
         raise InputError(f"A mask is for sites of images, and {site} is none; pass tokens= to choose positions.")
     if not site.runs_once:

@@ -18,7 +18,18 @@ from .errors import InputError
 from .prepared import PreparedEdit
 from .rules import Decision
 from .saes import SparseAutoencoder
-from .sites import LAYOUTS, Site, grid_of, input_of, tensor_of, with_input, with_tensor
+from .sites import (
+    LAYOUTS,
+    Place,
+    Site,
+    argument_of,
+    grid_of,
+    input_of,
+    tensor_of,
+    with_argument,
+    with_input,
+    with_tensor,
+)
 
 
 @dataclass(eq=False)
@@ -148,6 +159,26 @@ class SAEProcessor(ModelHook):
             decision.see(one.sae, one.rows(seen), grid() if decision.rule.at == "place" else None)
 
 
+class ArgumentProcessor(SAEProcessor):
+    """The same for what a denoiser is given: a native hook on it, since one of the registry's is lost under offload."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return nothing
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+        if not self.armed() or not self.loaded:
+            return None
+        self.fired = True
+        site = self.loaded[0].site
+        x = argument_of(kwargs, site)
+        edited = self._edited(x, x, "output", "image")
+        return None if edited is x else (args, with_argument(kwargs, site, edited))
+
+
+def nothing(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """What a copy of a hooked module has in the place of the hook: the copy belongs to no pipeline."""
+
+
 def _moved(x: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
     """`x + change`, summed in fp32; where nothing changes, `x` bit for bit (adding 0 would turn -0 into +0)."""
     return torch.where(change == 0, x, (x.float() + change).to(x.dtype))
@@ -178,8 +209,21 @@ class CaptureHook(ModelHook):
             self.take(self.site, x, self.context)
         return output
 
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """As a native hook, of what a denoiser is given."""
+        if self.armed():
+            self.take(self.site, argument_of(kwargs, self.site), self.context)
 
-def attach(root: nn.Module, module: nn.Module, hook: ModelHook, name: str) -> None:
+
+def attach(place: Place, site: Site, hook: Any, name: str) -> Callable[[], None]:
+    """Hang a hook on a site's module; returns what takes it off."""
+    if site.is_argument:
+        return place.module.register_forward_pre_hook(hook, with_kwargs=True).remove
+    _register(place.root, place.module, hook, name)
+    return lambda: _unregister(place.root, place.module, name)
+
+
+def _register(root: nn.Module, module: nn.Module, hook: ModelHook, name: str) -> None:
     """Register `hook` on a block of `root`, inside of its cache if it has one, so that the hook system notices it."""
     registry = HookRegistry.check_if_exists_or_initialize(module)
     with _without_cache(root):
@@ -188,7 +232,7 @@ def attach(root: nn.Module, module: nn.Module, hook: ModelHook, name: str) -> No
     module.__dict__.setdefault("__deepcopy__", lambda memo: _bare_copy(module, memo))
 
 
-def detach(root: nn.Module, module: nn.Module, name: str) -> None:
+def _unregister(root: nn.Module, module: nn.Module, name: str) -> None:
     """Remove the hook `name` from a block of `root`."""
     registry = HookRegistry.check_if_exists_or_initialize(module)
     with _without_cache(root):

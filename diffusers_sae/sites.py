@@ -16,6 +16,8 @@ from .families import GENERATORS, image_maker_of
 KINDS = ("output", "input", "update")
 STREAMS = ("image", "text")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
+ARGUMENTS = ("image_embeds",)
+"""Sites that are no module's output: what the denoiser is given beside the noise, in `added_cond_kwargs`."""
 ALIASES = {"w": "generator.w"}
 """Short names of paths."""
 
@@ -25,7 +27,8 @@ class Site:
     """A named tensor of a pipeline.
 
     Args:
-        path: pipe-relative, such as `unet.up_blocks.1.attentions.1`; or `w`, StyleGAN's w with its layers as rows.
+        path: pipe-relative, such as `unet.up_blocks.1.attentions.1`; or `w`, StyleGAN's w with its layers as rows;
+            or `image_embeds`, what a Kandinsky 2.2 decoder is given of an image, one row an image.
         kind: `output`, `input`, or `update` (output minus input).
         stream: `image` or `text`, where a block returns both.
         layout: `positions`: each spatial place or token is a row.
@@ -60,6 +63,11 @@ class Site:
     def is_text_encoder(self) -> bool:
         """Whether it lies in what reads the prompt, before the denoising."""
         return self.path.partition(".")[0] in TEXT_ENCODERS
+
+    @property
+    def is_argument(self) -> bool:
+        """Whether it is something that the denoiser is given."""
+        return self.path in ARGUMENTS
 
     @property
     def runs_once(self) -> bool:
@@ -178,7 +186,7 @@ def with_input(args: tuple, kwargs: dict[str, Any], stream: str, tensor: torch.T
 
 
 class Place(NamedTuple):
-    """A site's module, and the component of the pipeline that it lies in."""
+    """A site's module, and the component of the pipeline that it lies in; of an argument, the component is both."""
 
     root_name: str
     root: nn.Module
@@ -192,6 +200,8 @@ def unwrapped(module: Any) -> Any:
 
 def resolve(pipe: Any, site: Site) -> Place:
     """Where `site.path` is; raises `InputError` with the nearest real names if there is no such module."""
+    if site.is_argument:
+        return _taker_of(pipe, site)
     component, _, rest = site.path.partition(".")
     steerable = [image_maker_of(pipe)[0], *(n for n in TEXT_ENCODERS if isinstance(getattr(pipe, n, None), nn.Module))]
     if component not in steerable:
@@ -216,8 +226,32 @@ def resolve(pipe: Any, site: Site) -> Place:
     return Place(component, root, modules[rest])
 
 
+def _taker_of(pipe: Any, site: Site) -> Place:
+    """The denoiser, if it is given what the site names."""
+    name, module = image_maker_of(pipe)
+    root = unwrapped(module)
+    config = getattr(root, "config", {})
+    if config.get("addition_embed_type") != "image" and config.get("encoder_hid_dim_type") != "image_proj":
+        raise InputError(f"The {name} of {type(pipe).__name__} is given no {site.path}; choose a block in it.")
+    if site.kind != "output" or site.stream != "image":
+        raise InputError(f"{site.path} has no kinds or streams; pass site={site.path!r} alone.")
+    return Place(name, root, root)
+
+
+def argument_of(kwargs: dict[str, Any], site: Site) -> torch.Tensor:
+    """What a denoiser was given for the site, as rows `(B, 1, d)`."""
+    return kwargs["added_cond_kwargs"][site.path][:, None]
+
+
+def with_argument(kwargs: dict[str, Any], site: Site, rows: torch.Tensor) -> dict[str, Any]:
+    """The denoiser's arguments with the site's replaced."""
+    return {**kwargs, "added_cond_kwargs": {**kwargs["added_cond_kwargs"], site.path: rows[:, 0]}}
+
+
 def width_of(place: Place) -> int | None:
     """Channels of a block's output where the block, or the model for all of its blocks, tells them, else `None`."""
+    if place.module is place.root:
+        return getattr(place.root, "config", {}).get("encoder_hid_dim")
     for block in (place.module, *(getattr(place.module, "resnets", None) or [])[-1:]):
         for name in ("out_channels", "dim", "out_dim", "embed_dim"):
             width = getattr(block, name, None)

@@ -5,17 +5,16 @@ from __future__ import annotations
 import itertools
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers.hooks import ModelHook
 from torch import nn
 
 from .context import Context, DenoisingContext, context_of
 from .families import image_maker_of
-from .hooks import LoadedSAE, SAEProcessor, attach, detach
+from .hooks import ArgumentProcessor, CaptureHook, LoadedSAE, SAEProcessor, attach, nothing
 from .prepared import prepare
 from .rules import Decision, Rule
 from .sites import Place, unwrapped
@@ -45,11 +44,7 @@ class _Reader:
             self._context.update(args, kwargs)  # type: ignore[attr-defined]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return _nothing  # a copy of the module belongs to no pipeline
-
-
-def _nothing(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    pass
+        return nothing  # a copy of the module belongs to no pipeline
 
 
 class SteeringState:
@@ -67,7 +62,8 @@ class SteeringState:
         self.armed = False
         self.first_image = 0
         self._roots: dict[str, Root] = {}
-        self._processors: dict[nn.Module, SAEProcessor] = {}
+        self._processors: dict[tuple[nn.Module, bool], SAEProcessor] = {}
+        self._detach: dict[SAEProcessor, Callable[[], None]] = {}
         self._decisions: dict[Rule | None, Decision] = {}
         self._prepared = False
 
@@ -75,22 +71,23 @@ class SteeringState:
         """Hook an SAE to its module."""
         root = self._hold(place)
         one.context = root.context
-        if place.module not in self._processors:
-            processor = SAEProcessor([], root.context, lambda: self.armed)
-            attach(root.module, place.module, processor, self._name)
-            self._processors[place.module] = processor
-        self._processors[place.module].loaded.append(one)
+        key = place.module, one.site.is_argument
+        if key not in self._processors:
+            cls = ArgumentProcessor if one.site.is_argument else SAEProcessor
+            processor = self._processors[key] = cls([], root.context, lambda: self.armed)
+            self._detach[processor] = attach(place, one.site, processor, self._name)
+        self._processors[key].loaded.append(one)
         self.loaded[one.name] = one
 
     def remove(self, one: LoadedSAE) -> None:
         """Unhook an SAE; the last one at a module takes the hook with it."""
-        module, processor = next((m, p) for m, p in self._processors.items() if one in p.loaded)
+        key, processor = next((k, p) for k, p in self._processors.items() if one in p.loaded)
         processor.loaded.remove(one)
         del self.loaded[one.name]
         root = next(r for r in self._roots.values() if r.context is processor.context)
         if not processor.loaded:
-            del self._processors[module]
-            detach(root.module, module, self._name)
+            del self._processors[key]
+            self._detach.pop(processor)()
         self._release(root)
 
     def rules_about(self, name: str) -> list[Rule]:
@@ -99,20 +96,19 @@ class SteeringState:
         return [rule for rule in rules if rule is not None and rule.adapter_name == name]
 
     @contextmanager
-    def attached(self, hooks: Sequence[tuple[Place, ModelHook]]) -> Iterator[None]:
+    def attached(self, hooks: Sequence[tuple[Place, CaptureHook]]) -> Iterator[None]:
         """Other hooks of this pipeline, for the length of a `with` block."""
         held = []
         for place, hook in hooks:
             root = self._hold(place)
-            hook.context = root.context  # type: ignore[attr-defined]
+            hook.context = root.context
             name = f"{self._name}_capture_{next(_numbers)}"
-            attach(root.module, place.module, hook, name)
-            held.append((root, place.module, name))
+            held.append((root, attach(place, hook.site, hook, name)))
         try:
             yield
         finally:
-            for root, module, name in held:
-                detach(root.module, module, name)
+            for root, detach in held:
+                detach()
                 self._release(root)
 
     @contextmanager

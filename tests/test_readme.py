@@ -48,7 +48,8 @@ def known() -> str:
     """The repositories whose site is known."""
     lines = ["| repository | subfolders | trained on |", "|---|---|---|"]
     for name, record in RECORDS.items():
-        lines.append(f"| `{name}` | {', '.join(record.nicknames)} | {record.base_model or (record.note or '').removeprefix('trained on ')} |")
+        base = record.base_model or (record.note or "").removeprefix("trained on ")
+        lines.append(f"| `{name}` | {', '.join(record.nicknames)} | {base} |")
     return "\n".join(lines)
 
 
