@@ -1,7 +1,8 @@
 """FVU over L0 for every kind of SAE on the embedded model: `python benchmarks/kinds.py`.
 
 Captures activations of both sites once, trains each kind at three degrees of sparsity for equal steps, and measures
-on rows held out. Writes `benchmarks/results/kinds.json` and `kinds.png`. A stopped run goes on where it was.
+on rows held out; dead latents are those that fire on none of all rows. Writes `benchmarks/results/kinds.json` and
+`kinds.png`. A stopped run goes on where it was.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ def trained(store: ActivationStore, kind: str, knob: str, value: Any, folder: Pa
         config,
     )
     figures = measure_on_store(sae, store.part(start=-HELD_OUT))[0]
-    return {knob: value, **{name: figures[name] for name in ("fvu", "l0", "dead")}}
+    dead = measure_on_store(sae, store)[0]["dead"]
+    return {knob: value, "fvu": figures["fvu"], "l0": figures["l0"], "dead": dead, "silent_held_out": figures["dead"]}
 
 
 def draw(figures: dict[str, Any], path: Path) -> None:
@@ -62,7 +64,7 @@ def draw(figures: dict[str, Any], path: Path) -> None:
             values = [others[str(k)][name] for k in KS]
             above.plot(KS, values, ls="--" if name == "pca" else ":", color="grey", label=label)
         above.set(title=site, ylabel="FVU, rows held out", xscale="log", yscale="log")
-        below.set(xlabel="L0", ylabel="dead, %")
+        below.set(xlabel="L0", ylabel="never fire, %")
         below.axhline(1, ls=":", color="grey")
         below.set_ylim(bottom=0)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper")

@@ -9,10 +9,7 @@ from typing import Annotated
 import typer
 
 from .configs import Config, record
-from .sources import Pictures, read_prompts
-
-EMBEDDED = "emoji-sd"
-"""The pipeline that ships with the package."""
+from .sources import Pictures, load_model, read_prompts
 
 
 def capture(
@@ -45,7 +42,6 @@ def capture(
 
     from .. import SAESteeringPipeline
     from ..capture import StoreConfig, store_activations
-    from ..demo.shipped import MODELS
     from ..errors import InputError
 
     try:
@@ -60,10 +56,7 @@ def capture(
         len(lines) if images is None else images, batch_size, tuple(branch), timesteps, places, dtype, budget, seed
     )
     cuda = torch.cuda.is_available()
-    if model == EMBEDDED and not Path(model).exists():
-        model = str(MODELS / EMBEDDED)
-    pipe = SAESteeringPipeline.from_pretrained(model, dtype=torch.float16 if cuda else torch.float32)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = load_model(model)
     if pictures is not None:
         arguments |= {"images": Pictures(pictures), **({"strengths": strength} if strength else {})}
         pipe = SAESteeringPipeline.from_pipe(AutoPipelineForImage2Image.from_pipe(pipe))

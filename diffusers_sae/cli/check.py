@@ -6,9 +6,12 @@ from typing import Annotated
 
 import typer
 
+from .convert import settings_of
+from .sources import load_model
+
 
 def check(
-    model: Annotated[str, typer.Argument(help="Pipeline: hub repository or folder.")],
+    model: Annotated[str, typer.Argument(help="Folder or hub repository of a pipeline, or emoji-sd.")],
     sae: Annotated[str, typer.Argument(help="SAE: hub repository, folder or weights file.")],
     prompt: Annotated[str, typer.Option(help="To generate from.")] = "a photo of a cat",
     site: Annotated[str | None, typer.Option(help="Where to put it, if its files don't say.")] = None,
@@ -19,11 +22,9 @@ def check(
     set_: Annotated[list[str] | None, typer.Option("--set", help="What the files leave out: k=32, again.")] = None,
 ) -> None:
     """Run a pipeline once and tell which of its tensors an SAE was trained on."""
-    from ..pipelines import SAESteeringPipeline
     from ..sites import Site
-    from .convert import settings_of
 
-    pipe = SAESteeringPipeline.from_pretrained(model)
+    pipe = load_model(model)
     where = None if site is None else Site(site, kind=kind)
     pipe.load_sae(sae, where, subfolder=subfolder, config=settings_of(set_ or []))
     call = {"num_inference_steps": steps, **({} if guidance is None else {"guidance_scale": guidance})}

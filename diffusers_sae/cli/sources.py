@@ -11,6 +11,8 @@ from ..errors import InputError
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
+EMBEDDED = "emoji-sd"
+
 
 def read_prompts(file: Path, column: str) -> list[str]:
     """The prompts of a text file, one a line, or of a column of a `.csv` or `.jsonl` file."""
@@ -50,3 +52,18 @@ class Pictures:
     def as_told(self) -> list[tuple[str, int]]:
         """What the manifest of a store says of them: names and sizes of the files."""
         return [(file.name, file.stat().st_size) for file in self._files]
+
+
+def load_model(name: str) -> Any:
+    """A steerable pipeline by its folder, its name on the hub, or `emoji-sd`, which ships with the package."""
+    import torch
+
+    from ..demo.shipped import MODELS
+    from ..pipelines import SAESteeringPipeline
+
+    if name == EMBEDDED and not Path(name).exists():
+        name = str(MODELS / EMBEDDED)
+    dtype = torch.float16 if torch.cuda.is_available() else torch.float32
+    pipe = SAESteeringPipeline.from_pretrained(name, dtype=dtype)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

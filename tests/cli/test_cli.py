@@ -12,7 +12,7 @@ from diffusers_sae import InputError, TopKSAE, cli
 from diffusers_sae.capture import StoreConfig, store_activations
 from diffusers_sae.cli.sources import read_prompts
 from diffusers_sae.demo.shipped import CALL as CALL_OF_EMOJI_SD
-from diffusers_sae.demo.shipped import SITES, load_pipeline
+from diffusers_sae.demo.shipped import MODELS, SITES, load_pipeline
 from diffusers_sae.demo.world import sample_captions
 
 
@@ -216,3 +216,15 @@ def test_an_unknown_command_is_refused(monkeypatch, capsys):
     code, shown = run(monkeypatch, capsys, "dream")
     assert code == 2
     assert "dream" in shown and "Traceback" not in shown
+
+
+def test_an_sae_is_checked_on_a_pipeline(monkeypatch, capsys):
+    site = SITES[0]
+    steps = ("--prompt", "a panda on a green background", "--steps", 2, "--guidance", 4)
+    check = ("check", "emoji-sd", MODELS / "saes" / site, *steps)
+    told = done(monkeypatch, capsys, *check)
+    assert told.startswith(f"The SAE fits {site}: FVU 0.")
+    told = done(monkeypatch, capsys, *check, "--site", site, "--kind", "update")
+    assert f"was not trained on {site} (update) but on {site}" in told.splitlines()[0]
+    code, message = run(monkeypatch, capsys, *map(str, check), "--site", "unet.nowhere")
+    assert code == 2 and "'unet.nowhere' does not exist" in message
