@@ -206,7 +206,7 @@ class SAESteeringMixin:
         with state.attached(list(zip(found, hooks, strict=True))):
             yield activations
 
-    def check_sae(self, prompt: str | Sequence[str], adapter_name: str | None = None, **call: Any) -> Any:
+    def check_sae(self, prompt: Any = None, adapter_name: str | None = None, **call: Any) -> Any:
         """Run once, unsteered, and tell whether a loaded SAE fits its site, or which tensor nearby it fits.
 
         Returns:

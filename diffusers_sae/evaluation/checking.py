@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 
 from ..context import Context
 from ..errors import InputError
+from ..families import DENOISERS, image_maker_of
 from ..hooks import CaptureHook
 from ..saes import SparseAutoencoder
 from ..sites import BLOCK_STREAMS, KINDS, LAYOUTS, STREAMS, Place, Site, resolve, width_of
@@ -77,7 +78,7 @@ class SAECheck:
         return "\n".join(lines)
 
 
-def check_sae(pipe: Any, sae: SparseAutoencoder, site: Site, prompt: str | Sequence[str], **call: Any) -> SAECheck:
+def check_sae(pipe: Any, sae: SparseAutoencoder, site: Site, prompt: Any = None, **call: Any) -> SAECheck:
     """Run the pipeline once, unsteered, and measure the SAE at its site and at the tensors nearby.
 
     Nearby are the module's output, input and update, its other stream, and the same of the nearest blocks of its class
@@ -87,7 +88,7 @@ def check_sae(pipe: Any, sae: SparseAutoencoder, site: Site, prompt: str | Seque
         pipe: a steerable pipeline.
         sae: the SAE, loaded or not.
         site: where it is put.
-        prompt, call: of the pipeline's call.
+        prompt, call: of the pipeline's call; images are not decoded unless `output_type` is told.
 
     Raises:
         InputError: the site does not exist, or did not run.
@@ -100,14 +101,19 @@ def check_sae(pipe: Any, sae: SparseAutoencoder, site: Site, prompt: str | Seque
     hooks = [
         (resolve(pipe, each), CaptureHook(each, meter.take, lambda: state.armed)) for each, meter in meters.items()
     ]
+    arguments = call if prompt is None else {"prompt": prompt, **call}
+    if image_maker_of(pipe)[0] in DENOISERS:
+        arguments = {"output_type": "latent", **arguments}
     try:
         with _resting(pipe), state.attached(hooks):
-            pipe(prompt, **{"output_type": "latent", **call})
+            pipe(**arguments)
     finally:
         sae.to(device)
-    found = {each: meter.figures() for each, meter in meters.items() if meter.rows}
+    found = {each: meter.figures() for each, meter in meters.items() if meter.varies}
     if site not in found:
-        raise InputError(f"{site} did not run, or has not the SAE's width of {sae.d_in}; choose another site.")
+        raise InputError(
+            f"{site} did not run, has not the SAE's width of {sae.d_in}, or held the same in all rows; choose another."
+        )
     norm = float(sae.b_dec.norm()) if hasattr(sae, "b_dec") else 0.0
     return SAECheck(site, _verdict(site, found), norm, found)
 
@@ -128,6 +134,8 @@ def _resting(pipe: Any) -> Iterator[None]:
 
 def _candidates(pipe: Any, site: Site, width: int) -> list[Site]:
     """The site, and tensors nearby that could have the width."""
+    if site.is_argument:
+        return [site]
     here = [replace(site, kind=kind) for kind in KINDS]
     text = [replace(site, stream=stream) for stream in STREAMS if stream != site.stream]
     paths = [path for path in _neighbours(pipe, site) if _could_have(resolve(pipe, Site(path)), Site(path), width)]
@@ -184,10 +192,19 @@ class _Meter:
             self._total = self._total + chosen.double().sum(0)
             self._square += float(chosen.double().square().sum())
 
+    @property
+    def variance(self) -> float:
+        """Mean square distance of rows from their mean."""
+        return self._square / self.rows - float((torch.as_tensor(self._total) / self.rows).square().sum())
+
+    @property
+    def varies(self) -> bool:
+        """Whether the rows, if there were any, were not all the same."""
+        return self.rows > 0 and self.variance > 1e-12 * self._square / self.rows
+
     def figures(self) -> CandidateFigures:
         pooled = self._pooled.figures()
         mean = torch.as_tensor(self._total) / self.rows
-        variance = self._square / self.rows - float(mean.square().sum())
         centre = self.sae.b_dec.double() if hasattr(self.sae, "b_dec") else torch.zeros_like(mean)
         return CandidateFigures(
             fvu=float(pooled["fvu"]),  # type: ignore[arg-type]
@@ -199,7 +216,7 @@ class _Meter:
                 for timestep, fvu in meter.figures()["fvu_by_timestep"].items()  # type: ignore[attr-defined]
             },
             norm=float(mean.norm()),
-            spread=max(0.0, variance) ** 0.5,
+            spread=self.variance**0.5,
             cosine=float(torch.cosine_similarity(mean, centre, dim=0)),
         )
 

@@ -5,9 +5,12 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import SITE, random_sae
+from conftest import SITE, Harness, random_sae
+from tiny import EMBEDDED
 
-from diffusers_sae import Directions, InputError, Site
+from diffusers_sae import Directions, InputError, SAESteeringPipeline, Site
+from diffusers_sae.adapters.stylegan2 import StyleGAN2Generator
+from diffusers_sae.adapters.stylegan2_pipeline import StyleGAN2Pipeline
 from diffusers_sae.demo.shipped import MODELS, SITES, load_pipeline
 from diffusers_sae.evaluation.checking import SAECheck
 
@@ -91,3 +94,14 @@ def test_directions_are_checked_too(sd):
 def test_a_site_that_does_not_run(sd, sae):
     with pytest.raises(InputError, match="No SAE is loaded"):
         sd.pipe.check_sae("ab")
+
+
+def test_image_embeddings_and_w_have_nothing_nearby():
+    harness = Harness("Kandinsky 2.2")
+    harness.pipe.load_sae(random_sae(32, 64), site="image_embeds")
+    given = {**harness.tiny.arguments, **EMBEDDED[harness.kind](3), "num_inference_steps": 2}
+    assert list(harness.pipe.check_sae(**given).candidates) == [Site("image_embeds")]
+    pipe = SAESteeringPipeline.from_pipe(StyleGAN2Pipeline(StyleGAN2Generator(16, 0, 8, 8, 3)))
+    pipe.load_sae(random_sae(8, 64), site="w")
+    found = pipe.check_sae(batch_size=4)
+    assert {each.kind for each in found.candidates} == {"output", "input"}  # the update of a module that passes on is 0

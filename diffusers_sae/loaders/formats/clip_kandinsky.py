@@ -12,10 +12,8 @@ def _recognizes(weights: Weights) -> bool:
 
 
 def _read(weights: Weights) -> SparseAutoencoder:
-    b_enc, b_dec = weights.vector("enc_bias"), weights.vector("dec_bias")
-    n, d = len(b_enc), len(b_dec)
-    W_enc, W_dec = weights.matrix("encoder.weight", n, d), weights.matrix("decoder.weight", n, d, True)
-    tensors = {"W_enc": W_enc, "b_enc": without_shift(W_enc, b_enc, b_dec), "W_dec": W_dec, "b_dec": b_dec}
+    tensors = weights.parts("encoder.weight", "enc_bias", "decoder.weight", "dec_bias", turned="W_dec")
+    tensors["b_enc"] = without_shift(tensors["W_enc"], tensors["b_enc"], tensors["b_dec"])
     return build("ReLUSAE", {}, tensors, weights.origin)
 
 

@@ -9,11 +9,10 @@ import torch
 from ...saes import SparseAutoencoder
 from ..weights import Weights, build, without_shift
 from .base import Format
-from .revelio import transposed_tensors
+from .revelio import NAMES
 
 LINEAR = ("encoder.weight", "encoder.bias", "decoder.weight")
 GATED = ("decoder_bias", "encoder.weight", "r_mag", "gate_bias", "mag_bias", "decoder.weight")
-TRANSPOSED = ("W_enc", "b_enc", "W_dec", "b_dec")
 
 
 def _class(weights: Weights) -> str | None:
@@ -27,9 +26,9 @@ def _class(weights: Weights) -> str | None:
         return "AutoEncoderNew"
     if weights.only(*GATED):
         return "GatedAutoEncoder"
-    if weights.only(*TRANSPOSED, "threshold", "k", "group_sizes"):
+    if weights.only(*NAMES, "threshold", "k", "group_sizes"):
         return "MatryoshkaBatchTopKSAE"
-    if weights.only(*TRANSPOSED, "threshold") and not {"d_sae", "_class_name", "schema"} & set(weights.config):
+    if weights.only(*NAMES, "threshold") and not {"d_sae", "_class_name", "schema"} & set(weights.config):
         turned = weights.tensors["W_enc"].shape[-1:] == weights.tensors["b_enc"].shape
         return told or ("JumpReluAutoEncoder" if turned else None)
     if weights.only(*LINEAR, "b_dec", "k", "threshold") or weights.only(*LINEAR, "b_dec", "k"):
@@ -57,20 +56,10 @@ def _read(weights: Weights) -> SparseAutoencoder:
     )
 
 
-def _linear(weights: Weights, b_enc: torch.Tensor, b_dec: torch.Tensor) -> dict[str, torch.Tensor]:
-    n, d = len(b_enc), len(b_dec)
-    return {
-        "W_enc": weights.matrix("encoder.weight", n, d),
-        "b_enc": b_enc,
-        "W_dec": weights.matrix("decoder.weight", n, d, True),
-        "b_dec": b_dec,
-    }
-
-
 def _relu(weights: Weights) -> SparseAutoencoder:
     """`AutoEncoder` gets unit directions there, the norms go into its encoder; `AutoEncoderNew` subtracts nothing."""
     new = weights.has("decoder.bias")
-    found = _linear(weights, weights.vector("encoder.bias"), weights.vector("decoder.bias" if new else "bias"))
+    found = weights.parts(*LINEAR, "decoder.bias" if new else "bias", turned="W_dec")
     if new:
         found["b_enc"] = without_shift(found["W_enc"], found["b_enc"], found["b_dec"])
         return build("ReLUSAE", {}, found, weights.origin)
@@ -85,15 +74,15 @@ def _relu(weights: Weights) -> SparseAutoencoder:
 
 
 def _gated(weights: Weights) -> SparseAutoencoder:
-    gate = weights.vector("gate_bias")
-    found = _linear(weights, gate, weights.vector("decoder_bias"))
-    found |= {"r_mag": weights.vector("r_mag", len(gate)), "b_mag": weights.vector("mag_bias", len(gate))}
+    found = weights.parts("encoder.weight", "gate_bias", "decoder.weight", "decoder_bias", turned="W_dec")
+    n = len(found["b_enc"])
+    found |= {"r_mag": weights.vector("r_mag", n), "b_mag": weights.vector("mag_bias", n)}
     return build("GatedSAE", {}, found, weights.origin)
 
 
 def _jump_relu(weights: Weights) -> SparseAutoencoder:
     """`b_dec` is not subtracted, unless the config says so; a ReLU stands behind the threshold."""
-    found = transposed_tensors(weights)
+    found = weights.parts(*NAMES, turned="W_enc")
     if not weights.config.get("apply_b_dec_to_input"):
         found["b_enc"] = without_shift(found["W_enc"], found["b_enc"], found["b_dec"])
     found["threshold"] = weights.vector("threshold", len(found["b_enc"])).clamp(min=0)
@@ -101,19 +90,19 @@ def _jump_relu(weights: Weights) -> SparseAutoencoder:
 
 
 def _topk(weights: Weights) -> SparseAutoencoder:
-    found = _linear(weights, weights.vector("encoder.bias"), weights.vector("b_dec"))
+    found = weights.parts(*LINEAR, "b_dec", turned="W_dec")
     return build("TopKSAE", {"k": _k(weights)}, found, weights.origin)
 
 
 def _batch_topk(weights: Weights) -> SparseAutoencoder:
-    found = _linear(weights, weights.vector("encoder.bias"), weights.vector("b_dec"))
+    found = weights.parts(*LINEAR, "b_dec", turned="W_dec")
     return build("BatchTopKSAE", {"k": _k(weights)}, found | _threshold(weights), weights.origin)
 
 
 def _matryoshka(weights: Weights) -> SparseAutoencoder:
     sizes = weights.tensors["group_sizes"]
     prefixes = None if sizes.is_meta else sizes.cumsum(0).tolist()
-    found = transposed_tensors(weights) | _threshold(weights)
+    found = weights.parts(*NAMES, turned="W_enc") | _threshold(weights)
     return build("MatryoshkaSAE", {"k": _k(weights), "prefixes": prefixes}, found, weights.origin)
 
 

@@ -14,14 +14,7 @@ def _recognizes(weights: Weights) -> bool:
 
 
 def _read(weights: Weights) -> SparseAutoencoder:
-    b_enc, pre_bias = weights.vector("latent_bias"), weights.vector("pre_bias")
-    n, d = len(b_enc), len(pre_bias)
-    tensors = {
-        "W_enc": weights.matrix("encoder.weight", n, d),
-        "b_enc": b_enc,
-        "W_dec": weights.matrix("decoder.weight", n, d, True),
-        "b_dec": pre_bias,
-    }
+    tensors = weights.parts("encoder.weight", "latent_bias", "decoder.weight", "pre_bias", turned="W_dec")
     activation, told = weights.config["activation"], weights.config.get("activation_state_dict") or {}
     if activation == "ReLU":
         return build("ReLUSAE", {}, tensors, weights.origin)

@@ -15,15 +15,9 @@ def _recognizes(weights: Weights) -> bool:
 
 
 def _read(weights: Weights) -> SparseAutoencoder:
-    b_enc, bias = weights.vector("encoder.bias"), weights.vector("bias")
-    n, d = len(b_enc), len(bias)
+    tensors = weights.parts(*NAMES, turned="W_dec")
+    n, d = tensors["W_enc"].shape
     weights.check_told(features=d, pages=n)
-    tensors = {
-        "W_enc": weights.matrix("encoder.weight", n, d),
-        "b_enc": b_enc,
-        "W_dec": weights.matrix("decoder.weight", n, d, True),
-        "b_dec": bias,
-    }
     return build("TopKSAE", {"k": weights.whole("k")}, tensors, weights.origin)
 
 

@@ -9,21 +9,14 @@ from ...saes import SparseAutoencoder
 from ..weights import Weights, build
 from .base import Format
 
-
-def transposed_tensors(weights: Weights) -> dict:
-    """`W_enc (d, n)`, `b_enc`, `W_dec (n, d)`, `b_dec`, as TransformerLens writes them, in our form."""
-    b_enc, b_dec = weights.vector("b_enc"), weights.vector("b_dec")
-    n, d = len(b_enc), len(b_dec)
-    return {
-        "W_enc": weights.matrix("W_enc", n, d, True),
-        "b_enc": b_enc,
-        "W_dec": weights.matrix("W_dec", n, d),
-        "b_dec": b_dec,
-    }
+NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
+"""As those call them who come from TransformerLens; their `W_enc` is `(d, n)`."""
 
 
 def _read(weights: Weights) -> SparseAutoencoder:
-    return build("TopKSAE", {"k": weights.whole("k"), "relu": False}, transposed_tensors(weights), weights.origin)
+    return build(
+        "TopKSAE", {"k": weights.whole("k"), "relu": False}, weights.parts(*NAMES, turned="W_enc"), weights.origin
+    )
 
 
 FORMAT = Format(

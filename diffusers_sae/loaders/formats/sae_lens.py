@@ -22,10 +22,10 @@ from ...saes import (
 )  # fmt: skip
 from ..weights import Weights, build, without_shift
 from .base import Format
-from .revelio import transposed_tensors
+from .revelio import NAMES
 
 NORMS = {"none": None, "layer_norm": "layer_norm", "constant_norm_rescale": "constant_norm"}
-NAMES: dict[type, str] = {ReLUSAE: "standard", TopKSAE: "topk", JumpReLUSAE: "jumprelu", GatedSAE: "gated"}
+ARCHITECTURE: dict[type, str] = {ReLUSAE: "standard", TopKSAE: "topk", JumpReLUSAE: "jumprelu", GatedSAE: "gated"}
 OURS = "diffusers_sae"
 """Under `metadata`: the class and the arguments of an SAE of ours that was written in this layout."""
 
@@ -43,7 +43,7 @@ def _read(weights: Weights) -> SparseAutoencoder:
     architecture = _architecture(config)
     biased = "b_gate" if architecture == "gated" else "b_enc"
     tensors = dict(weights.tensors) | {"b_enc": weights.vector(biased)}
-    found = transposed_tensors(Weights(tensors, config, weights.origin))
+    found = Weights(tensors, config, weights.origin).parts(*NAMES, turned="W_enc")
     n, d = found["W_dec"].shape
     weights.check_told(d_sae=n, d_in=d)
     if weights.has("scaling_factor") and config.get("finetuning_scaling_factor"):
@@ -59,7 +59,7 @@ def _read(weights: Weights) -> SparseAutoencoder:
         arguments["k"] = weights.whole("k") if "k" in config else _legacy_k(weights)
     if architecture == "jumprelu":
         found["threshold"] = found["threshold"].clamp(min=0)  # a ReLU stands before it
-    kinds = {name: kind.__name__ for kind, name in NAMES.items()}
+    kinds = {name: kind.__name__ for kind, name in ARCHITECTURE.items()}
     if architecture not in kinds:
         raise weights.refuse(f"has the architecture {architecture!r}; known are {', '.join(kinds)}")
     return build(kinds[architecture], arguments, found, weights.origin)
@@ -115,7 +115,7 @@ def _of_ours(told: Mapping[str, Any], found: dict[str, torch.Tensor], origin: st
 def _write(sae: SparseAutoencoder, folder: Path) -> None:
     """BatchTopK and Matryoshka SAEs become JumpReLU SAEs with one threshold, as SAELens writes its own."""
     kind: type = JumpReLUSAE if isinstance(sae, BatchTopKSAE) else type(sae)
-    if kind not in NAMES or (isinstance(sae, TopKSAE) and not sae.relu):
+    if kind not in ARCHITECTURE or (isinstance(sae, TopKSAE) and not sae.relu):
         raise InputError(f"SAELens has nothing that codes as this {type(sae).__name__} does; keep it as it is.")
     state = {name: tensor.detach().float().cpu() for name, tensor in sae.state_dict().items()}
     state["W_enc"] = state.get("W_enc", state["W_dec"]).T
@@ -125,7 +125,7 @@ def _write(sae: SparseAutoencoder, folder: Path) -> None:
         state["b_gate"] = state.pop("b_enc")
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous().clone() for name, tensor in state.items()}, folder / "sae_weights.safetensors")
-    (folder / "cfg.json").write_text(json.dumps(_config(sae, NAMES[kind]), indent=1) + "\n")
+    (folder / "cfg.json").write_text(json.dumps(_config(sae, ARCHITECTURE[kind]), indent=1) + "\n")
 
 
 def _config(sae: SparseAutoencoder, architecture: str) -> dict[str, Any]:

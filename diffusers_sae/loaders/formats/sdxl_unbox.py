@@ -19,13 +19,11 @@ def _recognizes(weights: Weights) -> bool:
 
 
 def _read(weights: Weights) -> SparseAutoencoder:
-    b_enc, pre_bias = weights.vector("latent_bias"), weights.vector("pre_bias")
-    n, d = len(b_enc), len(pre_bias)
+    tensors = weights.parts("encoder.weight", "latent_bias", "decoder.weight", "pre_bias", turned="W_dec")
+    n, d = tensors["W_enc"].shape
     weights.check_told(n_dirs_local=n, d_model=d)
-    W_enc = weights.matrix("encoder.weight", n, d)
-    tensors = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": weights.matrix("decoder.weight", n, d, True), "b_dec": pre_bias}
     if "auxk_coef" in weights.config:
-        tensors |= _of_concept_steerers(W_enc, b_enc, pre_bias)
+        tensors |= _of_concept_steerers(tensors["W_enc"], tensors["b_enc"], tensors["b_dec"])
     sae = build("TopKSAE", {"k": weights.whole("k")}, tensors, weights.origin)
     sae.statistics = _statistics(weights, n)
     return sae

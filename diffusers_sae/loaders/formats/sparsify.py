@@ -27,15 +27,9 @@ def _read(weights: Weights) -> SparseAutoencoder:
         )
     if config.get("activation", "topk") != "topk":
         raise weights.refuse(f"has the activation {config['activation']!r}, and only topk is known")
-    b_enc, b_dec = weights.vector("encoder.bias"), weights.vector("b_dec")
-    n, d = len(b_enc), len(b_dec)
+    tensors = weights.parts(*NAMES)
+    n, d = tensors["W_enc"].shape
     weights.check_told(num_latents=n, d_in=d)
-    tensors = {
-        "W_enc": weights.matrix("encoder.weight", n, d),
-        "b_enc": b_enc,
-        "W_dec": weights.matrix("W_dec", n, d),
-        "b_dec": b_dec,
-    }
     norm = "layer_norm" if config.get("input_unit_norm") else None
     return build("TopKSAE", {"k": weights.whole("k"), "input_norm": norm}, tensors, weights.origin)
 
