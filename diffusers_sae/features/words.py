@@ -55,37 +55,83 @@ def _merged(tokens: Sequence[str]) -> list[list[int]]:
     return groups
 
 
-class Firings(NamedTuple):
-    """Where latents fire on words, each `(E,)` and sorted by latent: which, on which occurrence, how strongly.
+class Units(NamedTuple):
+    """What a latent is a detector on, occurrences of words or whole captions, and which words are in each.
 
-    A latent's activation on a word is its largest on the word's tokens.
+    `tokens (2, L)`: prompt and position of every token, and `unit (L,)` the unit that it belongs to, of `count`.
+    `pairs (2, E)`: units and the words that they hold, as places in the list of names.
     """
 
-    latent: torch.Tensor
-    occurrence: torch.Tensor
-    value: torch.Tensor
+    count: int
+    tokens: torch.Tensor
+    unit: torch.Tensor
+    pairs: torch.Tensor
 
-    def of(self, latent: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Occurrences and values of one latent."""
+    def holding(self, word: int) -> torch.Tensor:
+        """`(count,)` bool: units that hold the word."""
+        held = torch.zeros(self.count, dtype=torch.bool)
+        held[self.pairs[0, self.pairs[1] == word]] = True
+        return held
+
+    def means(self, activation: torch.Tensor, words: int) -> torch.Tensor:
+        """Mean activation `(words,)` over the units that hold each word, from that of every unit `(count,)`."""
+        total = torch.zeros(words).index_add_(0, self.pairs[1], activation[self.pairs[0]])
+        return total / torch.bincount(self.pairs[1], minlength=words).clamp(min=1)
+
+
+def _occurrences(seen: TokenActivations, words: Sequence[Word], names: Sequence[str]) -> Units:
+    place = {name: i for i, name in enumerate(names)}
+    tokens = [(word.prompt, p, o) for o, word in enumerate(words) for p in word.positions]
+    pairs = [(o, place[word.text]) for o, word in enumerate(words) if word.text in place]
+    return _units(len(words), tokens, pairs)
+
+
+def _captions(seen: TokenActivations, words: Sequence[Word], names: Sequence[str]) -> Units:
+    place = {name: i for i, name in enumerate(names)}
+    tokens = [(prompt, p, prompt) for prompt, p in seen.kept.nonzero().tolist()]
+    pairs = sorted({(word.prompt, place[word.text]) for word in words if word.text in place})
+    return _units(len(seen.prompts), tokens, pairs)
+
+
+def _units(count: int, tokens: Sequence[tuple[int, int, int]], pairs: Sequence[tuple[int, int]]) -> Units:
+    prompt, position, unit = torch.tensor(tokens, dtype=torch.long).reshape(-1, 3).T
+    held = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).T
+    return Units(count, torch.stack([prompt, position]), unit, held)
+
+
+UNITS = {"word": _occurrences, "caption": _captions}
+"""What a latent may be taken to detect: the word it fires on, or captions that hold it (on any of their tokens)."""
+
+
+class Firings(NamedTuple):
+    """Where latents fire, each `(E,)` and sorted by latent: which, in which of `count` units, how strongly at most."""
+
+    latent: torch.Tensor
+    unit: torch.Tensor
+    value: torch.Tensor
+    count: int
+
+    def of(self, latent: int) -> torch.Tensor:
+        """Activation of one latent in every unit, `(count,)`."""
         start, stop = torch.searchsorted(self.latent, torch.tensor([latent, latent + 1])).tolist()
-        return self.occurrence[start:stop], self.value[start:stop]
+        dense = torch.zeros(self.count)
+        dense[self.unit[start:stop]] = self.value[start:stop]
+        return dense
 
 
 @torch.no_grad()
-def firings(sae: SparseAutoencoder, seen: TokenActivations, words: Sequence[Word], chunk: int = 8192) -> Firings:
-    """Where the latents of `sae` fire on `words`; codes are made of `chunk` tokens at a time and kept sparse."""
-    occurrence = torch.tensor([o for o, word in enumerate(words) for _ in word.positions], dtype=torch.long)
-    prompt = torch.tensor([word.prompt for word in words for _ in word.positions], dtype=torch.long)
-    position = torch.tensor([p for word in words for p in word.positions], dtype=torch.long)
-    keys, values = [], []
-    for part in torch.arange(len(occurrence)).split(chunk):
-        code = sae.encode_sparse(seen.tensor[prompt[part], position[part]].float())
+def firings(sae: SparseAutoencoder, seen: TokenActivations, units: Units, chunk: int = 8192) -> Firings:
+    """Where the latents of `sae` fire, by unit; codes are made of `chunk` tokens at a time and kept sparse."""
+    keys, values = [torch.empty(0, dtype=torch.long)], [torch.empty(0)]
+    for part in torch.arange(len(units.unit)).split(chunk):
+        prompt, position = units.tokens[:, part]
+        code = sae.encode_sparse(seen.tensor[prompt, position].float())
         on = code.values > 0
-        keys.append((code.indices * len(words) + occurrence[part][:, None])[on])
+        keys.append((code.indices * units.count + units.unit[part][:, None])[on])
         values.append(code.values[on])
     unique, place = torch.cat(keys).unique(return_inverse=True)  # sorted
     most = torch.zeros(len(unique)).scatter_reduce_(0, place, torch.cat(values), "amax")
-    return Firings(unique // len(words), unique % len(words), most)
+    return Firings(unique // units.count, unique % units.count, most, units.count)
 
 
 @dataclass(frozen=True)
@@ -95,10 +141,10 @@ class WordFeature:
     Args:
         feature: index of the latent.
         word: the word of the largest mean activation.
-        mean: that activation, over all occurrences of the word.
+        mean: that activation.
         bound: activation above which the latent finds the word; chosen for the best F1 on captions seen.
-        precision, recall: of that detector over occurrences of words in captions held out.
-        occurrences: how often the word occurs in those.
+        precision, recall: of that detector on captions held out.
+        occurrences: units held out that hold the word.
         others: further words with their mean activation, the largest first.
         part_of_speech: universal tag of the word, if it was asked for.
     """
@@ -125,85 +171,73 @@ def name_features(
     held_out: TokenActivations,
     tokenizer: Any,
     *,
+    unit: str = "caption",
     fewest: int = 5,
     parts: Mapping[str, str] | None = None,
     keep: Iterable[str] = DESCRIPTIVE,
 ) -> list[WordFeature]:
-    """Every latent that fires on words with the word of its largest mean activation, the best detectors first.
+    """Every latent that fires with the word of its largest mean activation, the best detectors first.
 
     Args:
         seen, held_out: of the SAE's site. Word and bound are chosen on the first, precision and recall measured on the
             second.
+        unit: `word`: a latent belongs to the word on which it fires; `caption`: to the word in whose captions it fires,
+            be it on later tokens, which know what came before.
         fewest: occurrences in `seen` that a word needs to name a latent.
         parts: `{word: part of speech}`, from `parts_of_speech`; only latents whose word is one of `keep` are returned.
 
     Raises:
-        InputError: the SAE has another width than the site, or no word occurs often enough.
+        InputError: the SAE has another width than the site, an unknown unit, or no word occurs often enough.
     """
     if seen.tensor.shape[-1] != sae.d_in:
         raise InputError(
             f"The SAE has d_in={sae.d_in} and {seen.site} a width of {seen.tensor.shape[-1]}; "
             "read the prompts at the SAE's site."
         )
+    if unit not in UNITS:
+        raise InputError(f"unit={unit!r} is nothing to detect; choose one of {', '.join(UNITS)}.")
     words, new = words_of(seen, tokenizer), words_of(held_out, tokenizer)
     counts = Counter(word.text for word in words)
     names = sorted(name for name, count in counts.items() if count >= fewest)
     if not names:
         raise InputError(f"No word occurs {fewest} times in the {len(seen.prompts)} prompts; read more of them.")
-    total = torch.tensor([counts[name] for name in names])
-    index, index_new = _index(words, names), _index(new, names)  # -1 for rare words
-    there, there_new = firings(sae, seen, words), firings(sae, held_out, new)
+    units, units_new = UNITS[unit](seen, words, names), UNITS[unit](held_out, new, names)
+    there, there_new = firings(sae, seen, units), firings(sae, held_out, units_new)
     found = []
     for latent in there.latent.unique().tolist():
-        at, value = there.of(latent)
-        best = _best_words(index[at], value, total)
-        if not best or (parts is not None and parts.get(names[best[0][0]]) not in set(keep)):
+        activation = there.of(latent)
+        mean = units.means(activation, len(names))
+        top = mean.topk(min(4, int((mean > 0).sum()))).indices.tolist()
+        if not top or (parts is not None and parts.get(names[top[0]]) not in set(keep)):
             continue
-        (word, mean), rest = best[0], best[1:]
-        bound = best_bound(value, index[at] == word, int(total[word]))
-        at_new, value_new = there_new.of(latent)
-        hits = index_new[at_new][value_new > bound] == word
-        occurrences = int((index_new == word).sum())
+        bound = best_bound(activation, units.holding(top[0]))
+        fires, holds = there_new.of(latent) > bound, units_new.holding(top[0])
+        hits = int((fires & holds).sum())
         found.append(
             WordFeature(
-                latent, names[word], mean, bound,
-                precision=int(hits.sum()) / max(1, len(hits)),
-                recall=int(hits.sum()) / max(1, occurrences),
-                occurrences=occurrences,
-                others=tuple((names[other], m) for other, m in rest),
-                part_of_speech=None if parts is None else parts.get(names[word]),
+                latent, names[top[0]], float(mean[top[0]]), bound,
+                precision=hits / max(1, int(fires.sum())),
+                recall=hits / max(1, int(holds.sum())),
+                occurrences=int(holds.sum()),
+                others=tuple((names[other], float(mean[other])) for other in top[1:]),
+                part_of_speech=None if parts is None else parts.get(names[top[0]]),
             )
         )  # fmt: skip
     return sorted(found, key=lambda feature: -feature.f1)
 
 
-def _index(words: Sequence[Word], names: Sequence[str]) -> torch.Tensor:
-    place = {name: i for i, name in enumerate(names)}
-    return torch.tensor([place.get(word.text, -1) for word in words])
+def best_bound(value: torch.Tensor, hit: torch.Tensor) -> float:
+    """The bound, at least 0, for which `value > bound` has the best F1 as a detector of `hit`, both `(N,)`.
 
-
-def _best_words(
-    word: torch.Tensor, value: torch.Tensor, total: torch.Tensor, count: int = 4
-) -> list[tuple[int, float]]:
-    """Up to `count` words with their mean activation over all their occurrences, `total (V,)`, the largest first."""
-    known = word >= 0
-    mean = torch.zeros(len(total)).index_add_(0, word[known], value[known]) / total
-    top = mean.topk(min(count, int((mean > 0).sum())))
-    return list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
-
-
-def best_bound(value: torch.Tensor, hit: torch.Tensor, positives: int) -> float:
-    """The bound for which `value > bound` has the best F1 as a detector of `hit`, both `(E,)`.
-
-    `positives` counts those that should be found, also where nothing fires. The bound lies halfway between two values.
+    It lies halfway between two values.
     """
     order = value.argsort(descending=True)
-    sorted_value, hits = value[order], hit[order].cumsum(0)  # the first i + 1 are found
-    f1 = 2 * hits / (torch.arange(1, len(value) + 1) + positives)
-    below = torch.cat([sorted_value[1:], sorted_value.new_zeros(1)])
-    f1 = torch.where(sorted_value > below, f1, -1.0)  # equal values cannot be parted
+    ordered, hits = value[order], hit[order].cumsum(0)  # the first i + 1 are found
+    f1 = 2 * hits / (torch.arange(1, len(value) + 1) + hit.sum())
+    below = torch.cat([ordered[1:], ordered.new_zeros(1)])
+    f1 = torch.where(ordered > below, f1, -1.0)  # equal values cannot be parted
     i = int(f1.argmax())
-    return float(sorted_value[i] + below[i]) / 2
+    return float(ordered[i] + below[i]) / 2
 
 
 def best_for_words(features: Iterable[WordFeature], least: float = 0.8) -> dict[str, WordFeature]:
