@@ -73,7 +73,7 @@ def stream_prompts(
         raise InputError(f"keep={keep!r} is no choice of tokens; choose one of {', '.join(KEEP)}.")
     if isinstance(prompts, str):
         raise InputError(f"prompts takes a list of prompts; pass [{prompts!r}].")
-    place, stream = resolve(pipe, at), iter(prompts)
+    place, stream, state = resolve(pipe, at), iter(prompts), pipe._steering
     while batch := list(islice(stream, batch_size)):
         if not all(isinstance(prompt, str) for prompt in batch):
             raise InputError("A prompt is no string; pass a list of strings.")
@@ -83,7 +83,6 @@ def stream_prompts(
             assert isinstance(context, TextContext)
             seen.append((LAYOUTS[site.layout].to_rows(x).detach().cpu(), context.ids.cpu()))
 
-        state = pipe._steering
         with state.attached([(place, CaptureHook(at, take, lambda: state.armed))]), state.reading(pipe):
             _encode(pipe, batch)
         if not seen or len(seen[0][0]) != len(batch):

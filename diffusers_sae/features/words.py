@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -247,6 +247,17 @@ def best_for_words(features: Iterable[WordFeature], least: float = 0.8) -> dict[
         if min(one.precision, one.recall) >= least:
             chosen.setdefault(one.word, one)
     return chosen
+
+
+def latents_of(features: Iterable[WordFeature], words: Collection[str], least: float = 0.8) -> list[int]:
+    """All latents that some words name and that tell them with at least this precision; a word often has several.
+
+    Raises `InputError` if there are none.
+    """
+    found = sorted(one.feature for one in features if one.word in words and one.precision >= least)
+    if not found:
+        raise InputError(f"No latent tells {', '.join(words)} with a precision of {least}; lower it, or train longer.")
+    return found
 
 
 def word_table(features: Iterable[WordFeature]) -> str:
