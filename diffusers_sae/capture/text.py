@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -56,7 +56,7 @@ def tokenizer_of(pipe: Any, site: Site | str) -> Any:
 
 
 def stream_prompts(
-    pipe: Any, site: Site | str, prompts: Iterable[str], *, batch_size: int = 64, keep: str = "words"
+    pipe: Any, site: Site | str, prompts: Iterable[str], *, batch_size: int = 64, keep: str = "words", **encode: Any
 ) -> Iterator[TokenActivations]:
     """Run the pipeline's `encode_prompt` and yield what a site of a text encoder held, a batch of prompts at a time.
 
@@ -64,6 +64,8 @@ def stream_prompts(
 
     Args:
         keep: which tokens' rows are kept: `words`; `padded`, all but the one that begins the text; or `all`.
+        encode: goes to `encode_prompt`; give it the `max_sequence_length` that images are made with, since a T5 without
+            an attention mask reads the padding too.
 
     Raises:
         InputError: no such site or kind of tokens, the site is in no text encoder, or a prompt is no string.
@@ -84,7 +86,7 @@ def stream_prompts(
             seen.append((LAYOUTS[site.layout].to_rows(x).detach().cpu(), context.ids.cpu()))
 
         with state.attached([(place, CaptureHook(at, take, lambda: state.armed))]), state.reading(pipe):
-            _encode(pipe, batch)
+            _encode(pipe, batch, encode)
         if not seen or len(seen[0][0]) != len(batch):
             raise InputError(f"{at} did not run once for every prompt in {type(pipe).__name__}.encode_prompt.")
         tensor, ids = seen[0]  # later calls would be of negative prompts
@@ -106,7 +108,7 @@ def read_prompts(pipe: Any, site: Site | str, prompts: Iterable[str], **options:
 
 
 @torch.no_grad()
-def _encode(pipe: Any, prompts: list[str]) -> None:
+def _encode(pipe: Any, prompts: list[str], options: Mapping[str, Any]) -> None:
     """`pipe.encode_prompt` for prompts alone, with `None` for what else it must be given."""
     if not hasattr(pipe, "encode_prompt"):
         raise InputError(f"{type(pipe).__name__} has no encode_prompt, so that its text encoder cannot run alone.")
@@ -117,8 +119,11 @@ def _encode(pipe: Any, prompts: list[str]) -> None:
         "num_images_per_prompt": 1,
         "do_classifier_free_guidance": False,
     }
+    unknown = set(options) - set(parameters)
+    if unknown:
+        raise InputError(f"{type(pipe).__name__}.encode_prompt takes no {', '.join(sorted(unknown))}; leave it out.")
     empty = {name: None for name, p in parameters.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD}
-    pipe.encode_prompt(**{**empty, **{name: value for name, value in known.items() if name in parameters}})
+    pipe.encode_prompt(**{**empty, **{name: value for name, value in known.items() if name in parameters}, **options})
 
 
 def _special(ids: torch.Tensor, tokenizer: Any) -> torch.Tensor:
