@@ -38,5 +38,5 @@ def paired_t_test(before: Sequence[float], after: Sequence[float]) -> PairedTest
         raise InputError("Some measurements are not finite numbers; leave those pairs out.")
     found = ttest_rel(b, a)
     low, high = found.confidence_interval()
-    numbers = (a.mean(), b.mean(), (b - a).mean(), low, high, found.statistic, found.pvalue)
-    return PairedTest(*map(float, numbers), pairs=len(a))
+    means = float(a.mean()), float(b.mean()), float((b - a).mean())
+    return PairedTest(*means, float(low), float(high), float(found.statistic), float(found.pvalue), len(a))

@@ -58,23 +58,23 @@ def _merged(tokens: Sequence[str]) -> list[list[int]]:
 class Units(NamedTuple):
     """What a latent is a detector on, occurrences of words or whole captions, and which words are in each.
 
-    `tokens (2, L)`: prompt and position of every token, and `unit (L,)` the unit that it belongs to, of `count`.
+    `tokens (2, L)`: prompt and position of every token, and `unit (L,)` the unit that it belongs to, of `size`.
     `pairs (2, E)`: units and the words that they hold, as places in the list of names.
     """
 
-    count: int
+    size: int
     tokens: torch.Tensor
     unit: torch.Tensor
     pairs: torch.Tensor
 
     def holding(self, word: int) -> torch.Tensor:
-        """`(count,)` bool: units that hold the word."""
-        held = torch.zeros(self.count, dtype=torch.bool)
+        """`(size,)` bool: units that hold the word."""
+        held = torch.zeros(self.size, dtype=torch.bool)
         held[self.pairs[0, self.pairs[1] == word]] = True
         return held
 
     def means(self, activation: torch.Tensor, words: int) -> torch.Tensor:
-        """Mean activation `(words,)` over the units that hold each word, from that of every unit `(count,)`."""
+        """Mean activation `(words,)` over the units that hold each word, from that of every unit `(size,)`."""
         total = torch.zeros(words).index_add_(0, self.pairs[1], activation[self.pairs[0]])
         return total / torch.bincount(self.pairs[1], minlength=words).clamp(min=1)
 
@@ -93,10 +93,10 @@ def _captions(seen: TokenActivations, words: Sequence[Word], names: Sequence[str
     return _units(len(seen.prompts), tokens, pairs)
 
 
-def _units(count: int, tokens: Sequence[tuple[int, int, int]], pairs: Sequence[tuple[int, int]]) -> Units:
+def _units(size: int, tokens: Sequence[tuple[int, int, int]], pairs: Sequence[tuple[int, int]]) -> Units:
     prompt, position, unit = torch.tensor(tokens, dtype=torch.long).reshape(-1, 3).T
     held = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).T
-    return Units(count, torch.stack([prompt, position]), unit, held)
+    return Units(size, torch.stack([prompt, position]), unit, held)
 
 
 UNITS = {"word": _occurrences, "caption": _captions}
@@ -104,17 +104,17 @@ UNITS = {"word": _occurrences, "caption": _captions}
 
 
 class Firings(NamedTuple):
-    """Where latents fire, each `(E,)` and sorted by latent: which, in which of `count` units, how strongly at most."""
+    """Where latents fire, each `(E,)` and sorted by latent: which, in which of `size` units, how strongly at most."""
 
     latent: torch.Tensor
     unit: torch.Tensor
     value: torch.Tensor
-    count: int
+    size: int
 
     def of(self, latent: int) -> torch.Tensor:
-        """Activation of one latent in every unit, `(count,)`."""
+        """Activation of one latent in every unit, `(size,)`."""
         start, stop = torch.searchsorted(self.latent, torch.tensor([latent, latent + 1])).tolist()
-        dense = torch.zeros(self.count)
+        dense = torch.zeros(self.size)
         dense[self.unit[start:stop]] = self.value[start:stop]
         return dense
 
@@ -127,11 +127,11 @@ def firings(sae: SparseAutoencoder, seen: TokenActivations, units: Units, chunk:
         prompt, position = units.tokens[:, part]
         code = sae.encode_sparse(seen.tensor[prompt, position].float())
         on = code.values > 0
-        keys.append((code.indices * units.count + units.unit[part][:, None])[on])
+        keys.append((code.indices * units.size + units.unit[part][:, None])[on])
         values.append(code.values[on])
     unique, place = torch.cat(keys).unique(return_inverse=True)  # sorted
     most = torch.zeros(len(unique)).scatter_reduce_(0, place, torch.cat(values), "amax")
-    return Firings(unique // units.count, unique % units.count, most, units.count)
+    return Firings(unique // units.size, unique % units.size, most, units.size)
 
 
 @dataclass(frozen=True)
