@@ -64,12 +64,17 @@ class Context:
 
 
 class TextContext(Context):
-    """Context of a text encoder, which pipelines run for the prompts first and then for the negative ones."""
+    """Context of a text encoder, which pipelines run for the prompts first and then for the negative ones.
+
+    `ids (rows, P)` are the tokens that it reads.
+    """
+
+    ids: torch.Tensor
 
     def update(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """Read the encoder's arguments for the call that is about to run."""
         tokens = args[0] if args else kwargs["input_ids"]
-        self.rows = tokens.shape[0]
+        self.ids, self.rows = tokens, tokens.shape[0]
         self.branches = (BRANCHES[min(self.turn, 1)],)
         self.turn += 1
 

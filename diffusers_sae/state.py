@@ -134,6 +134,20 @@ class SteeringState:
             self.first_image += max((root.context.images for root in roots), default=0)
         self._warn_of_silence(pipe)
 
+    @contextmanager
+    def reading(self, pipe: Any) -> Iterator[None]:
+        """The text encoders run by themselves, with no denoising to follow: hooks on them act, and none is missed."""
+        self._prepare_decisions(pipe._execution_device)
+        for root in self._roots.values():
+            if not isinstance(root.context, DenoisingContext):
+                root.context.begin()
+                self._prepare_edits(root, pipe._execution_device)
+        self.armed = True
+        try:
+            yield
+        finally:
+            self.armed = False
+
     def prepare(self) -> None:
         """Make the plan ready; the scheduler's timesteps are set by now."""
         if not self.armed or self._prepared:
