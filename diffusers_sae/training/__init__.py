@@ -1,5 +1,6 @@
 """Training SAEs on streams and on stores of activations."""
 
+from .from_rows import train_on_rows
 from .from_store import train_on_store
 from .scales import SCALES, sizes_for
 from .streaming import StreamedSAE, StreamingConfig, train_on_stream
@@ -12,6 +13,7 @@ __all__ = [
     "StreamingConfig",
     "TrainingConfig",
     "sizes_for",
+    "train_on_rows",
     "train_on_store",
     "train_on_stream",
 ]
