@@ -28,7 +28,8 @@ class Site:
         path: pipe-relative, such as `unet.up_blocks.1.attentions.1`; or `w`, StyleGAN's w with its layers as rows.
         kind: `output`, `input`, or `update` (output minus input).
         stream: `image` or `text`, where a block returns both.
-        layout: `positions`: each spatial place or token is a row.
+        layout: `positions`: each spatial place or token is a row; `channels`: each channel's map is a row; `vector`:
+            the whole map is one row.
     """
 
     path: str
@@ -68,7 +69,9 @@ class Site:
 
     @property
     def has_tokens(self) -> bool:
-        """Whether its rows are positions in a list, tokens of a prompt or layers of W+, and no places in an image."""
+        """Whether its rows are positions in a list (tokens of a prompt, layers of W+, channels), and no places."""
+        if self.layout != "positions":
+            return self.layout == "channels"
         return self.stream == "text" or self.is_text_encoder or self.path in ("generator.w", "generator.mapping")
 
     def __str__(self) -> str:
@@ -98,7 +101,27 @@ def _positions_from_rows(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor
     return channels_first.unflatten(2, like.shape[2:]) if rows.shape[1] > 1 else channels_first[..., None]
 
 
-LAYOUTS = {"positions": Layout(_positions_to_rows, _positions_from_rows)}
+def _channels_to_rows(x: torch.Tensor) -> torch.Tensor:
+    return x.flatten(2) if x.ndim == 4 else x.transpose(1, 2)  # (B, C, H*W) or (B, C, N)
+
+
+def _channels_from_rows(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return rows.unflatten(2, like.shape[2:]) if like.ndim == 4 else rows.transpose(1, 2)
+
+
+def _vector_to_rows(x: torch.Tensor) -> torch.Tensor:
+    return x.flatten(1)[:, None]  # (B, 1, C*H*W) or (B, 1, N*C)
+
+
+def _vector_from_rows(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return rows[:, 0].unflatten(1, like.shape[1:])
+
+
+LAYOUTS = {
+    "positions": Layout(_positions_to_rows, _positions_from_rows),
+    "channels": Layout(_channels_to_rows, _channels_from_rows),
+    "vector": Layout(_vector_to_rows, _vector_from_rows),
+}
 
 
 def grid_of(x: torch.Tensor, image_size: tuple[int, int]) -> tuple[int, int]:
@@ -214,6 +237,11 @@ def resolve(pipe: Any, site: Site) -> Place:
             f"{', '.join(f'{component}.{n}' for n in near)}."
         )
     return Place(component, root, modules[rest])
+
+
+def row_width_of(place: Place, site: Site) -> int | None:
+    """Width of a site's rows where it is known before a run; with rows that are maps, it depends on the image's size."""
+    return width_of(place) if site.layout == "positions" else None
 
 
 def width_of(place: Place) -> int | None:
