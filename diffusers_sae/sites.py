@@ -240,7 +240,7 @@ def resolve(pipe: Any, site: Site) -> Place:
 
 
 def row_width_of(place: Place, site: Site) -> int | None:
-    """Width of a site's rows where it is known before a run; with rows that are maps, it depends on the image's size."""
+    """Width of a site's rows where it is known before a run; that of rows that are maps depends on the image's size."""
     return width_of(place) if site.layout == "positions" else None
 
 

@@ -80,7 +80,8 @@ def test_a_recipe_brings_the_edits_back(loaded, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         third.load_sae(random_sae(16), PATH, adapter_name="default_0")
-    with pytest.raises(InputError, match=f"has the SAE 'default_0' at {PATH} and it is loaded at {PATH}; load it there"):
+    sentence = rf"'default_0' at {PATH} \({layout}\) and it is loaded at {PATH}; load it there"
+    with pytest.raises(InputError, match=sentence):
         third.load_recipe(tmp_path / "plan.json")
 
 

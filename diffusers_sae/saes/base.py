@@ -43,7 +43,7 @@ class SparseCode(NamedTuple):
 
     @classmethod
     def of(cls, z: torch.Tensor) -> SparseCode:
-        """A dense code `(..., n)` without negative entries; rows with fewer active latents than the fullest end in zeros."""
+        """A dense code `(..., n)` without negatives; rows with fewer active latents than the fullest end in zeros."""
         return cls(*z.topk(max(1, int((z > 0).sum(-1).max())), dim=-1))
 
 

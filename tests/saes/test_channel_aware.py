@@ -112,7 +112,10 @@ def test_bad_input_is_said_in_one_sentence():
     sae = random_sae(2)
     with pytest.raises(InputError, match=r"takes all 16 channels of each image and got 17 rows; pass \(images"):
         sae.encode(torch.zeros(17, MAP))
-    with pytest.raises(InputError, match="told 2 images and there are 3; tell all"), sae.of_images(torch.tensor([0, 1])):
+    with (
+        pytest.raises(InputError, match="told 2 images and there are 3; tell all"),
+        sae.of_images(torch.tensor([0, 1])),
+    ):
         sae.encode(maps())
     for k in (0, LATENTS + 1):
         with pytest.raises(InputError, match="must lie between 1 and n_latents"):
