@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 from edits import measure_edits
+from safetensors.torch import load_file, save_file
 
-from diffusers_sae import ChannelAwareSAE, SAESteeringPipeline, Site, TopKSAE
+from diffusers_sae import ChannelAwareSAE, SAESteeringPipeline, Site, TopKSAE, load_sae
 from diffusers_sae.demo.shipped import MODELS
 from diffusers_sae.demo.world import FACTORS, Scene, sample_scene
 from diffusers_sae.saes import SparseAutoencoder
@@ -171,6 +172,14 @@ def probe_all(codes: torch.Tensor, held: torch.Tensor, scenes: Sequence[Scene]) 
     return probe(codes, held, scenes, codes.shape[1])
 
 
+def kept(file: Path, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """The tensor in a file, made and written unless it is there, so that a stopped run goes on where it was."""
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"h": make()}, file)
+    return load_file(file)["h"]
+
+
 def prompts_of(args: argparse.Namespace) -> tuple[list[str], list[Scene]]:
     """Prompts for the training images and those held out; for the demo model also what they show."""
     if args.prompts is not None:
@@ -197,7 +206,9 @@ def main() -> None:
     pipe = SAESteeringPipeline.from_pretrained(args.model, dtype=dtype).to(args.device)
     pipe.set_progress_bar_config(disable=True)
     prompts, scenes = prompts_of(args)
-    h = captured(pipe, prompts, args.batch)
+    h = kept(args.out / "h.safetensors", lambda: captured(pipe, prompts, args.batch))
+    if len(h) != len(prompts):
+        parser.error(f"{args.out} holds h of {len(h)} images, not {len(prompts)}; choose another --out.")
     seen, held = h[: args.images], h[args.images :]
     seconds = {"capture": time.perf_counter() - start}
     print(f"h-space of {len(h)} images: {tuple(h.shape[1:])}, {seconds['capture']:.0f} s", flush=True)
@@ -208,7 +219,8 @@ def main() -> None:
     saes = {}
     for name, kind in KINDS.items():
         began = time.perf_counter()
-        saes[name] = train(name, seen, args.model)
+        folder = args.out / name.replace(", ", "-")
+        saes[name] = load_sae(folder) if (folder / "config.json").exists() else train(name, seen, args.model)
         if isinstance(saes[name], ChannelAwareSAE):
             saes[name].thresholded_(args.k)
         seconds[name] = time.perf_counter() - began
@@ -219,7 +231,7 @@ def main() -> None:
             f"PCA EV {found['pca_same_rows']['ev']:.3f}, random {found['random']['ev']:.3g}",
             flush=True,
         )
-        saes[name].save_pretrained(args.out / name.replace(", ", "-"))
+        saes[name].save_pretrained(folder)
     mean = seen.mean(0)
     figures["pca_of_the_map"] = {
         str(rank): figures_of(held, pca(seen.flatten(1), held.flatten(1), rank).view_as(held), mean)
