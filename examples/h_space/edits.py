@@ -15,13 +15,14 @@ from diffusers_sae.demo.world import FACTORS, Scene
 from diffusers_sae.saes import SparseAutoencoder
 from diffusers_sae.sites import LAYOUTS
 
-PATH, STEPS, IMAGES = "unet.mid_block", 10, 12
+PATH, STEPS, IMAGES, OBJECTS = "unet.mid_block", 10, 8, 10
+JUDGED = ("object", "style", "background")
 NAMED = 1 / 3
 """Rise of the share of images that show a value, from which on a feature's effect is named after it."""
 SETTINGS = {
-    "one step at 0.7 T": (0.7, True, 30.0),
-    "one step at 0.9 T": (0.9, True, 30.0),
-    "all steps from 0.7 T": (0.7, False, 10.0),
+    "one step at 0.7 T": (0.7, True, 100.0),
+    "one step at 0.9 T": (0.9, True, 100.0),
+    "all steps from 0.9 T": (0.9, False, 10.0),
 }
 """Inverted to; whether one step is edited, or all; strength as a multiple of the latent's largest activation."""
 
@@ -29,33 +30,32 @@ SETTINGS = {
 def by_concept(
     sae: SparseAutoencoder, seen: torch.Tensor, scenes: Sequence[Scene]
 ) -> dict[tuple[str, str], tuple[int, float]]:
-    """`{(factor, value): (latent, largest activation)}` for styles and backgrounds: the latent that tells images with
-    the value best from the others, by difference of means over standard deviation. `seen (N, C, H, W)`."""
+    """`{(factor, value): (latent, largest activation)}` for the first objects: the latent that tells images with the
+    value best from the others, by difference of means over standard deviation. `seen (N, C, H, W)`."""
     with torch.no_grad():
         z = sae.encode(LAYOUTS["vector"].to_rows(seen))[:, 0]  # (N, n)
     found = {}
-    for factor in ("style", "background"):
-        labels = torch.tensor([scene.labels()[factor] for scene in scenes])
-        for i, value in enumerate(FACTORS[factor]):
-            shows = labels == i
-            gap = (z[shows].mean(0) - z[~shows].mean(0)) / (z.std(0) + 1e-3 * z.std())
-            best = int(gap.argmax())
-            found[factor, value] = best, float(z[:, best].amax())
+    labels = torch.tensor([scene.labels()["object"] for scene in scenes])
+    for i, value in enumerate(FACTORS["object"][:OBJECTS]):
+        shows = labels == i
+        gap = (z[shows].mean(0) - z[~shows].mean(0)) / (z.std(0) + 1e-3 * z.std())
+        best = int(gap.argmax())
+        found["object", value] = best, float(z[:, best].amax())
     return found
 
 
 def shares(judge: Any, images: torch.Tensor) -> dict[tuple[str, str], float]:
-    """Share of images `(N, 3, H, W)` in [0, 1] that show each style and background, as the judge sees them."""
+    """Share of images `(N, 3, H, W)` in [0, 1] that show each value, as the judge sees them."""
     seen = look(judge, list(2 * images - 1))
     return {
         (factor, value): sum(one[factor][0] == value for one in seen) / len(seen)
-        for factor in ("style", "background")
+        for factor in JUDGED
         for value in FACTORS[factor]
     }
 
 
 def effect(judge: Any, before: torch.Tensor, after: torch.Tensor) -> tuple[str, str, float]:
-    """The style or background whose share rose most, and by how much."""
+    """The value whose share rose most, and by how much."""
     base, now = shares(judge, before), shares(judge, after)
     factor, value = max(now, key=lambda key: now[key] - base[key])
     return factor, value, now[factor, value] - base[factor, value]

@@ -116,14 +116,14 @@ def pca(rows: torch.Tensor, held: torch.Tensor, rank: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def reconstruction(sae: SparseAutoencoder, layout: str, seen: torch.Tensor, held: torch.Tensor) -> dict[str, Any]:
+def reconstruction(sae: SparseAutoencoder, name: str, seen: torch.Tensor, held: torch.Tensor) -> dict[str, Any]:
     """Figures on h held out, with PCA of as many numbers a row, rounded up, beside them."""
-    to_rows, from_rows = LAYOUTS[layout]
+    to_rows, from_rows = LAYOUTS[KINDS[name].layout]
     rows, mean = to_rows(held), seen.mean(0)
     z = sae.encode(rows)
     active = float((z != 0).sum()) / z[..., 0].numel()
     projected = pca(to_rows(seen).flatten(0, 1)[: 2**17], rows.flatten(0, 1), -int(-active // 1)).view_as(rows)
-    drawn = type(sae).from_config(sae.config)  # random weights; thresholds and k as they are
+    drawn = KINDS[name].make(seen.shape[1:], len(seen))  # random weights, unit directions
     return {
         **figures_of(held, from_rows(sae.decode(z), held), mean),
         "zeros": float((z == 0).double().mean()),
@@ -217,14 +217,14 @@ def main() -> None:
         "torch": torch.__version__, "threads": torch.get_num_threads(), "k": args.k, "seconds": seconds, "kinds": {},
     }  # fmt: skip
     saes = {}
-    for name, kind in KINDS.items():
+    for name in KINDS:
         began = time.perf_counter()
         folder = args.out / name.replace(", ", "-")
         saes[name] = load_sae(folder) if (folder / "config.json").exists() else train(name, seen, args.model)
         if isinstance(saes[name], ChannelAwareSAE):
             saes[name].thresholded_(args.k)
         seconds[name] = time.perf_counter() - began
-        figures["kinds"][name] = found = reconstruction(saes[name], kind.layout, seen, held)
+        figures["kinds"][name] = found = reconstruction(saes[name], name, seen, held)
         print(
             f"{name:16} EV {found['ev']:.3f} cosine {found['cosine']:.3f} zeros {found['zeros']:.1%}, active a row "
             f"{found['active_a_row']:.1f}, an image {found['active_an_image']:.0f}; "
