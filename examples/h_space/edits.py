@@ -22,7 +22,7 @@ NAMED = 1 / 3
 SETTINGS = {
     "one step at 0.7 T": (0.7, True, 100.0),
     "one step at 0.9 T": (0.9, True, 100.0),
-    "all steps from 0.9 T": (0.9, False, 10.0),
+    "all steps from 0.9 T": (0.9, False, 30.0),
 }
 """Inverted to; whether one step is edited, or all; strength as a multiple of the latent's largest activation."""
 
@@ -117,8 +117,11 @@ def measure_edits(
                 pipe, judge, inversion, base, features={i: strength * most}, adapter_name="random", **window
             )
             named_at_random.append(control.get("named", False))
-            if told.get("named", i < 6) and len(rows) < 8:
-                rows.append(Row(f"{latent}: {told.get('effect', '')}", list(2 * edited[:8] - 1), [""] * 8))
+            if 3 <= i < 8:
+                effect_of = f"{told['effect']} +{told['rise']:.0%}" if told.get("named") else "no named effect"
+                rows.append(
+                    Row(f"latent {latent}, chosen for {value}: {effect_of}", list(2 * edited[:8] - 1), [""] * 8)
+                )
         named = [f for f in found["features"] if f.get("named")]
         found |= {
             "named": len(named), "of": len(chosen), "named_at_random": sum(named_at_random),

@@ -123,6 +123,7 @@ def reconstruction(sae: SparseAutoencoder, name: str, seen: torch.Tensor, held: 
     z = sae.encode(rows)
     active = float((z != 0).sum()) / z[..., 0].numel()
     projected = pca(to_rows(seen).flatten(0, 1)[: 2**17], rows.flatten(0, 1), -int(-active // 1)).view_as(rows)
+    torch.manual_seed(1)
     drawn = KINDS[name].make(seen.shape[1:], len(seen))  # random weights, unit directions
     return {
         **figures_of(held, from_rows(sae.decode(z), held), mean),
@@ -194,8 +195,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(MODELS / "emoji-sd"), help="folder or hub name")
     parser.add_argument("--prompts", type=Path, help="one prompt a line; by default scenes of the demo world")
-    parser.add_argument("--images", type=int, default=1024)
-    parser.add_argument("--held-out", type=int, default=192)
+    parser.add_argument("--images", type=int, default=704)
+    parser.add_argument("--held-out", type=int, default=128)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--k", type=int, default=2, help="latents each channel keeps at least (channel-aware)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
