@@ -7,6 +7,7 @@ from .pipelines import SAESteeringMixin, SAESteeringPipeline
 from .rules import Rule
 from .saes import (
     BatchTopKSAE,
+    ChannelAwareSAE,
     Directions,
     GatedSAE,
     JumpReLUSAE,
@@ -20,6 +21,7 @@ from .strengths import StrengthMap, StrengthTable
 
 __all__ = [
     "BatchTopKSAE",
+    "ChannelAwareSAE",
     "Directions",
     "GatedSAE",
     "InputError",

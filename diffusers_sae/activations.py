@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .context import Context
+from .errors import InputError
 from .sites import ALIASES, LAYOUTS, Site, grid_of
 
 
@@ -41,7 +42,9 @@ class SiteActivations:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Height and width of the places that `rows` has."""
+        """Height and width of the places that `rows` has; raises `InputError` if its rows are none."""
+        if self.site.layout != "positions":
+            raise InputError(f"The rows of {self.site} are no places, so that it has no grid; use layout='positions'.")
         return grid_of(self._tensors[-1], self.size)
 
     def select(

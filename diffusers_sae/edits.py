@@ -137,11 +137,16 @@ def _check_known(statistics: LatentStatistics, unit: str, features: list[int]) -
             raise InputError(f"The statistics of the SAE do not tell the {unit} of latent {j}; use another unit.")
 
 
-def check_fits(edit: Edit, site: Site) -> None:
-    """Raise `InputError` if an edit makes no sense at its site."""
+def check_fits(edit: Edit, site: Site, watched: Site | None = None) -> None:
+    """Raise `InputError` if an edit makes no sense at its site; `watched` is the site that its rule looks at."""
+    if site.layout != "positions":
+        _check_has_no_places(edit, site)
+    if edit.when is not None and edit.when.at == "place" and watched is not None and watched.layout != "positions":
+        raise InputError(f"A rule at places needs places, and the rows of {watched} are none; use at='image'.")
     if edit.tokens and not site.has_tokens:
         raise InputError(
-            f"tokens are for sites of text and for w, and {site} is neither; pass mask= to choose places of an image."
+            f"tokens are for sites of text, for w and for channels, and {site} is none; "
+            + ("leave them out." if site.layout == "vector" else "pass mask= to choose places of an image.")
         )
     if site.is_argument and (edit.mask is not None or edit.operation.overwrites):
         raise InputError(f"{site} has one row an image and no places; leave mask= out, and choose another mode.")
@@ -154,6 +159,21 @@ def check_fits(edit: Edit, site: Site) -> None:
         raise InputError(f"{site} runs once, {when}, so that start and stop mean nothing; leave them out.")
     if any(callable(s) or isinstance(s, (StrengthTable, StrengthMap)) for s in edit.strengths):
         raise InputError(f"{site} runs once, {when}, so that a strength cannot follow it; pass numbers.")
+
+
+def _check_has_no_places(edit: Edit, site: Site) -> None:
+    """Raise `InputError` if an edit depends on places, for a site whose rows are whole maps."""
+    for named, what in (
+        (edit.mask is not None, "A mask"),
+        (edit.operation.overwrites, f"mode={edit.mode!r}"),
+        (any(isinstance(s, StrengthMap) for s in edit.strengths), "A StrengthMap"),
+        (edit.when is not None and edit.when.at == "place", "A rule at places"),
+    ):
+        if named:
+            raise InputError(
+                f"{what} needs rows that are places, and those of {site} are whole maps; "
+                "leave it out, or use an SAE of layout 'positions'."
+            )
 
 
 def checked_tokens(tokens: Any) -> tuple[int, ...]:

@@ -72,7 +72,8 @@ class LoadedSAE:
         if rows.shape[-1] != self.sae.d_in:
             raise InputError(
                 f"The SAE {self.name!r} takes activations of width {self.sae.d_in} and {self.site} has "
-                f"{rows.shape[-1]}; load an SAE that was trained at this site."
+                f"{rows.shape[-1]}; load an SAE that was trained at this site"
+                + (", or make images of the size it was trained at." if self.site.layout != "positions" else ".")
             )
         return rows
 

@@ -17,7 +17,7 @@ from diffusers import DiffusionPipeline
 
 from .activations import Activations, SiteActivations
 from .context import Context, arguments_of
-from .edits import check_fits, make_edit
+from .edits import Edit, check_fits, make_edit
 from .errors import InputError
 from .families import PIPELINES, check_supported
 from .hooks import CaptureHook, LoadedSAE
@@ -26,7 +26,7 @@ from .origin import base_model, warn_of_other_recipe, warn_of_other_sae
 from .recipes import edits_of, read_json, recipe_of
 from .rules import Rule, checked_rule
 from .saes import SparseAutoencoder
-from .sites import Site, resolve, width_of
+from .sites import Site, resolve, row_width_of
 from .state import SteeringState
 from .strengths import Strength
 
@@ -89,7 +89,7 @@ class SAESteeringMixin:
             raise InputError("The SAE does not say which site it is for; pass site='unet.…'.")
         where = Site.of(wanted)
         place = resolve(self, where)
-        width = width_of(place)
+        width = row_width_of(place, where)
         if width is not None and width != sae.d_in:
             raise InputError(
                 f"The SAE takes activations of width {sae.d_in} and {where} has {width}; "
@@ -126,7 +126,8 @@ class SAESteeringMixin:
             unit: of the strengths: `raw` activation, or multiples of the latent's `mean` while firing or of its `max`,
                 at that timestep.
             when: a `Rule`: only images, or places, for which it holds are edited.
-            tokens: positions that are edited: of the prompt, at sites of text; of the layers of W+, at StyleGAN's `w`.
+            tokens: positions that are edited: of the prompt, at sites of text; of the layers of W+, at StyleGAN's `w`;
+                channels, in the layout `channels`.
             preserve_norm: keep the norm of every row that is edited.
 
         Raises:
@@ -140,7 +141,7 @@ class SAESteeringMixin:
             features, one.sae, mode=mode, start=start, stop=stop, branch=branch, mask=mask, unit=unit,
             when=when, tokens=tokens, preserve_norm=preserve_norm, statistics=one.sae.statistics,
         )  # fmt: skip
-        check_fits(edit, one.site)
+        check_fits(edit, one.site, self._watched_site(edit))
         one.edits.append(edit)
 
     @contextmanager
@@ -180,7 +181,7 @@ class SAESteeringMixin:
         warn_of_other_recipe(self, recipe.get("base_model"))
         for name, found in edits.items():
             for edit in found:
-                check_fits(edit, self._steering.loaded[name].site)
+                check_fits(edit, self._steering.loaded[name].site, self._watched_site(edit))
         for name, found in edits.items():
             self._steering.loaded[name].edits += found
 
@@ -277,6 +278,10 @@ class SAESteeringMixin:
                     f"Edits of {name!r} have a rule about {needed.pop()!r}; delete both SAEs, "
                     f"or call reset_steering({name!r}) first."
                 )
+
+    def _watched_site(self, edit: Edit) -> Site | None:
+        """The site that an edit's rule looks at."""
+        return None if edit.when is None else self._named(edit.when.adapter_name).site
 
     def _switch(self, name: str | None, enabled: bool) -> None:
         for one in [self._named(name)] if name else self._steering.loaded.values():

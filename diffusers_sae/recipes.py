@@ -17,6 +17,7 @@ from .errors import InputError
 from .hooks import LoadedSAE
 from .rules import Rule, checked_rule
 from .saes import SparseAutoencoder
+from .sites import Site
 from .strengths import StrengthMap, StrengthTable
 
 SCHEMA_VERSION = 1
@@ -99,10 +100,19 @@ def _check_sae(name: str, told: Any, loaded: Mapping[str, LoadedSAE]) -> None:
     if not isinstance(told, dict) or "sha256" not in told or "site" not in told:
         raise InputError(f"The recipe does not say the site and the sha256 of the SAE {name!r}; save it again.")
     if told["site"] != one.site.as_dict():
-        there = told["site"].get("path") if isinstance(told["site"], dict) else told["site"]
-        raise InputError(f"The recipe has the SAE {name!r} at {there} and it is loaded at {one.site}; load it there.")
+        raise InputError(
+            f"The recipe has the SAE {name!r} at {_named(told['site'])} and it is loaded at {one.site}; load it there."
+        )
     if told["sha256"] != fingerprint(one.sae):
         raise InputError(f"The SAE loaded as {name!r} is not the recipe's, since their weights differ; load that one.")
+
+
+def _named(site: Any) -> str:
+    """A recipe's site in words, as far as it is one."""
+    try:
+        return str(Site.of(site))
+    except (InputError, TypeError):
+        return str(site)
 
 
 def _written(name: str, edit: Edit) -> dict[str, Any]:

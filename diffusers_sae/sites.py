@@ -31,7 +31,8 @@ class Site:
             or `image_embeds`, what a Kandinsky 2.2 decoder is given of an image, one row an image.
         kind: `output`, `input`, or `update` (output minus input).
         stream: `image` or `text`, where a block returns both.
-        layout: `positions`: each spatial place or token is a row.
+        layout: `positions`: each spatial place or token is a row; `channels`: each channel's map is a row; `vector`:
+            the whole map is one row.
     """
 
     path: str
@@ -76,7 +77,9 @@ class Site:
 
     @property
     def has_tokens(self) -> bool:
-        """Whether its rows are positions in a list, tokens of a prompt or layers of W+, and no places in an image."""
+        """Whether its rows are positions in a list (tokens of a prompt, layers of W+, channels), and no places."""
+        if self.layout != "positions":
+            return self.layout == "channels"
         return self.stream == "text" or self.is_text_encoder or self.path in ("generator.w", "generator.mapping")
 
     def __str__(self) -> str:
@@ -106,7 +109,27 @@ def _positions_from_rows(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor
     return channels_first.unflatten(2, like.shape[2:]) if rows.shape[1] > 1 else channels_first[..., None]
 
 
-LAYOUTS = {"positions": Layout(_positions_to_rows, _positions_from_rows)}
+def _channels_to_rows(x: torch.Tensor) -> torch.Tensor:
+    return x.flatten(2) if x.ndim == 4 else x.transpose(1, 2)  # (B, C, H*W) or (B, C, N)
+
+
+def _channels_from_rows(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return rows.unflatten(2, like.shape[2:]) if like.ndim == 4 else rows.transpose(1, 2)
+
+
+def _vector_to_rows(x: torch.Tensor) -> torch.Tensor:
+    return x.flatten(1)[:, None]  # (B, 1, C*H*W) or (B, 1, N*C)
+
+
+def _vector_from_rows(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return rows[:, 0].unflatten(1, like.shape[1:])
+
+
+LAYOUTS = {
+    "positions": Layout(_positions_to_rows, _positions_from_rows),
+    "channels": Layout(_channels_to_rows, _channels_from_rows),
+    "vector": Layout(_vector_to_rows, _vector_from_rows),
+}
 
 
 def grid_of(x: torch.Tensor, image_size: tuple[int, int]) -> tuple[int, int]:
@@ -233,8 +256,8 @@ def _taker_of(pipe: Any, site: Site) -> Place:
     config = getattr(root, "config", {})
     if config.get("addition_embed_type") != "image" and config.get("encoder_hid_dim_type") != "image_proj":
         raise InputError(f"The {name} of {type(pipe).__name__} is given no {site.path}; choose a block in it.")
-    if site.kind != "output" or site.stream != "image":
-        raise InputError(f"{site.path} has no kinds or streams; pass site={site.path!r} alone.")
+    if (site.kind, site.stream, site.layout) != ("output", "image", "positions"):
+        raise InputError(f"{site.path} has no kinds, streams or layouts; pass site={site.path!r} alone.")
     return Place(name, root, root)
 
 
@@ -246,6 +269,11 @@ def argument_of(kwargs: dict[str, Any], site: Site) -> torch.Tensor:
 def with_argument(kwargs: dict[str, Any], site: Site, rows: torch.Tensor) -> dict[str, Any]:
     """The denoiser's arguments with the site's replaced."""
     return {**kwargs, "added_cond_kwargs": {**kwargs["added_cond_kwargs"], site.path: rows[:, 0]}}
+
+
+def row_width_of(place: Place, site: Site) -> int | None:
+    """Width of a site's rows where it is known before a run; that of rows that are maps depends on the image's size."""
+    return width_of(place) if site.layout == "positions" else None
 
 
 def width_of(place: Place) -> int | None:

@@ -1,4 +1,4 @@
-"""Every kind of SAE, with random weights."""
+"""Every kind of SAE whose rows are apart, with random weights."""
 
 import torch
 from tiny import SITE
@@ -6,16 +6,13 @@ from tiny import SITE
 from diffusers_sae.saes import ARCHITECTURES
 
 ARGUMENTS = {"TopKSAE": {"k": 4}, "BatchTopKSAE": {"k": 4}, "MatryoshkaSAE": {"k": 4}}
-KINDS = [(name, ARGUMENTS.get(name, {})) for name in ARCHITECTURES if name != "Directions"]
+ROWWISE = [name for name, cls in ARCHITECTURES.items() if cls.rows_apart and name != "Directions"]
+KINDS = [(name, ARGUMENTS.get(name, {})) for name in ROWWISE]
 KINDS.append(("ReLUSAE", {"tied": True}))
 READ_ONLY = [
     ("TopKSAE", {"k": 24, "relu": False}),
     ("TopKSAE", {"k": 4, "input_norm": "layer_norm"}),
-    *(
-        (name, {**ARGUMENTS.get(name, {}), "input_norm": "constant_norm"})
-        for name in ARCHITECTURES
-        if name != "Directions"
-    ),
+    *((name, {**ARGUMENTS.get(name, {}), "input_norm": "constant_norm"}) for name in ROWWISE),
 ]
 """Kinds that others train and we read."""
 

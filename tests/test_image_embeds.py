@@ -118,7 +118,7 @@ def test_what_makes_no_sense_is_refused(kandinsky, sd, sae):
             kandinsky.pipe.steer({3: 5.0}, **arguments)
     with pytest.raises(InputError, match="unet of StableDiffusionPipeline is given no image_embeds"):
         sd.pipe.load_sae(sae)
-    with pytest.raises(InputError, match="has no kinds or streams"):
+    with pytest.raises(InputError, match="has no kinds, streams or layouts"):
         kandinsky.pipe.load_sae(sae, Site("image_embeds", kind="update"))
 
 

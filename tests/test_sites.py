@@ -13,13 +13,26 @@ from diffusers_sae.sites import LAYOUTS, grid_of, resolve, tensor_of, width_of, 
 BLOCK = torch.nn.Identity()
 
 
+ROWS = {"positions": (2, 15, 8), "channels": (2, 8, 15), "vector": (2, 1, 120)}
+"""Of 8 channels at 15 places."""
+
+
 @pytest.mark.parametrize("shape", [(2, 8, 3, 5), (2, 15, 8)])
-def test_rows_and_back_change_nothing(shape):
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_and_back_change_nothing(shape, name):
     x = torch.randn(shape)
-    layout = LAYOUTS["positions"]
+    layout = LAYOUTS[name]
     rows = layout.to_rows(x)
-    assert rows.shape == (2, 15, 8)
+    assert rows.shape == ROWS[name]
     assert torch.equal(layout.from_rows(rows, x), x)
+    one = layout.from_rows(rows[:1, :1], x)  # a row for all images, and all rows of each
+    assert torch.equal(layout.to_rows(one.expand(x.shape)), rows[:1, :1].expand(rows.shape))
+
+
+def test_rows_are_what_they_are_called():
+    x = torch.randn(2, 8, 3, 5)
+    assert torch.equal(LAYOUTS["channels"].to_rows(x)[1, 6], x[1, 6].flatten())
+    assert torch.equal(LAYOUTS["vector"].to_rows(x)[1, 0], x[1].flatten())
 
 
 def test_row_p_of_a_map_is_its_place(sae):

@@ -46,7 +46,8 @@ def train(
     from ..training import TrainingConfig, train_on_store
     from ..training.objectives import trainable
 
-    kinds = {name.removesuffix("SAE").lower(): cls for name, cls in ARCHITECTURES.items() if trainable(cls)}
+    trained = {name: cls for name, cls in ARCHITECTURES.items() if trainable(cls) and cls.rows_apart}
+    kinds = {name.removesuffix("SAE").lower(): cls for name, cls in trained.items()}
     if kind not in kinds:
         raise InputError(f"{kind!r} is not a kind of SAE; choose from {', '.join(kinds)}.")
     if latents is None and scale is None:

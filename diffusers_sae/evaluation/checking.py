@@ -14,7 +14,7 @@ from ..errors import InputError
 from ..families import DENOISERS, image_maker_of
 from ..hooks import CaptureHook
 from ..saes import SparseAutoencoder
-from ..sites import BLOCK_STREAMS, KINDS, LAYOUTS, STREAMS, Place, Site, resolve, width_of
+from ..sites import BLOCK_STREAMS, KINDS, LAYOUTS, STREAMS, Place, Site, resolve, row_width_of
 from .reconstruction import ReconstructionMeter
 
 PLACES = 64
@@ -138,7 +138,11 @@ def _candidates(pipe: Any, site: Site, width: int) -> list[Site]:
         return [site]
     here = [replace(site, kind=kind) for kind in KINDS]
     text = [replace(site, stream=stream) for stream in STREAMS if stream != site.stream]
-    paths = [path for path in _neighbours(pipe, site) if _could_have(resolve(pipe, Site(path)), Site(path), width)]
+    paths = [
+        path
+        for path in _neighbours(pipe, site)
+        if _could_have(resolve(pipe, Site(path)), replace(site, path=path), width)
+    ]
     near = [replace(site, path=path, kind=kind) for path in paths[:NEIGHBOURS] for kind in KINDS]
     found = [site]
     for each in (*here, *text, *near):
@@ -156,7 +160,7 @@ def _neighbours(pipe: Any, site: Site) -> list[str]:
 
 
 def _could_have(place: Place, site: Site, width: int) -> bool:
-    known = width_of(place)
+    known = row_width_of(place, site)
     if known is not None and known != width and site.kind == "output":
         return False
     if site.stream == "text":
@@ -184,7 +188,7 @@ class _Meter:
             rows = LAYOUTS[self.site.layout].to_rows(x[part])
             if rows.shape[-1] != self.sae.d_in:
                 return
-            every = max(1, rows.shape[1] // PLACES)
+            every = max(1, rows.shape[1] // PLACES) if self.sae.rows_apart else 1
             chosen = rows[:, ::every].reshape(-1, self.sae.d_in).float().cpu()
             self._by_branch.setdefault(branch, ReconstructionMeter(self.sae)).add(context.timestep, chosen)
             self._pooled.add(context.timestep, chosen)

@@ -2,6 +2,7 @@
 
 from .base import ARCHITECTURES, SparseAutoencoder, SparseCode, register_architecture
 from .batch_topk import BatchTopKSAE
+from .channel_aware import ChannelAwareSAE
 from .directions import Directions
 from .gated import GatedSAE
 from .jump_relu import JumpReLUSAE
@@ -13,6 +14,7 @@ from .topk import TopKSAE
 __all__ = [
     "ARCHITECTURES",
     "BatchTopKSAE",
+    "ChannelAwareSAE",
     "Directions",
     "GatedSAE",
     "JumpReLUSAE",

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 ARCHITECTURES: dict[str, type[SparseAutoencoder]] = {}
 """Every architecture by the name of its class, which is what a saved config calls it."""
 
+ALL = slice(None)
+
 Architecture = TypeVar("Architecture", bound="type[SparseAutoencoder]")
 
 
@@ -40,6 +42,11 @@ class SparseCode(NamedTuple):
 
     values: torch.Tensor
     indices: torch.Tensor
+
+    @classmethod
+    def of(cls, z: torch.Tensor) -> SparseCode:
+        """A dense code `(..., n)` without negatives; rows with fewer active latents than the fullest end in zeros."""
+        return cls(*z.topk(max(1, int((z > 0).sum(-1).max())), dim=-1))
 
 
 class SparseAutoencoder(ModelMixin, ConfigMixin):
@@ -58,6 +65,8 @@ class SparseAutoencoder(ModelMixin, ConfigMixin):
     W_dec: nn.Parameter
     b_dec: nn.Parameter
     input_norm: str | None = None
+    rows_apart: bool = True
+    """Whether a row's code depends on nothing but the row, so that rows may be shuffled."""
     statistics: LatentStatistics | None = None
     labels: Mapping[int, str] | None = None
 
@@ -144,9 +153,9 @@ class SparseAutoencoder(ModelMixin, ConfigMixin):
         """How long one unit of a decoded change is in the rows `x (..., d)`, `(..., 1)`; `None` if 1 everywhere."""
         return None if self.input_norm is None else NORMS[self.input_norm](x.float()).scale
 
-    def pre_activations(self, x: torch.Tensor) -> torch.Tensor:
-        """`W_enc (x - b_dec) + b_enc`: `(..., d)` -> `(..., n)`, in fp32."""
-        return nn.functional.linear(self.normalized(x) - self.b_dec, self.W_enc, self.b_enc)
+    def pre_activations(self, x: torch.Tensor, latents: torch.Tensor | slice = ALL) -> torch.Tensor:
+        """`W_enc (x - b_dec) + b_enc` of some latents, or of all: `(..., d)` -> `(..., m)`, in fp32."""
+        return nn.functional.linear(self.normalized(x) - self.b_dec, self.W_enc[latents], self.b_enc[latents])
 
     def encode_sparse(self, x: torch.Tensor) -> SparseCode:
         """The active latents of each row of `x (..., d)`."""

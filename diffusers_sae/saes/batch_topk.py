@@ -8,8 +8,8 @@ import torch
 from diffusers.configuration_utils import register_to_config
 
 from ..errors import InputError
-from .base import register_architecture
-from .elementwise import ALL, ElementwiseSAE
+from .base import ALL, register_architecture
+from .elementwise import ElementwiseSAE
 
 
 @register_architecture

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
-from .base import SparseAutoencoder, SparseCode
-
-ALL = slice(None)
+from .base import ALL, SparseAutoencoder, SparseCode
 
 
 class ElementwiseSAE(SparseAutoencoder):
@@ -21,11 +18,8 @@ class ElementwiseSAE(SparseAutoencoder):
         return self.activate(self.pre_activations(x))
 
     def encode_only(self, x: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        pre = nn.functional.linear(self.normalized(x) - self.b_dec, self.W_enc[features], self.b_enc[features])
-        return self.activate(pre, features)
+        return self.activate(self.pre_activations(x, features), features)
 
     def encode_sparse(self, x: torch.Tensor) -> SparseCode:
         """As many values as the fullest row has active latents; rows with fewer end in zeros."""
-        z = self.encode(x)
-        width = max(1, int((z > 0).sum(-1).max()))
-        return SparseCode(*z.topk(width, dim=-1))
+        return SparseCode.of(self.encode(x))

@@ -106,6 +106,11 @@ def _begun(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         sae = make_sae(store.width)
+    if not sae.rows_apart:
+        raise InputError(
+            f"A {type(sae).__name__} takes its rows in order, and those of a store are shuffled; "
+            "train it by SAETrainer, on batches of whole images."
+        )
     sample = next(store.batches(min(SAMPLE, len(store)), seed=seed))
     return SAETrainer(sae.train(), config, sample, accelerator=accelerator)
 

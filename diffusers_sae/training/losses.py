@@ -33,7 +33,7 @@ def aux_k_loss(
     if k == 0:
         return x.new_zeros(())
     latents = dead.nonzero().flatten()
-    pre = torch.nn.functional.linear(x - sae.b_dec, sae.W_enc[latents], sae.b_enc[latents])
+    pre = sae.pre_activations(x, latents)
     values, chosen = pre.topk(k, dim=-1, sorted=False)
     values = values + (values.relu() - values).detach()
     model = sparse_decode(values, latents[chosen], sae.W_dec, torch.zeros_like(sae.b_dec))

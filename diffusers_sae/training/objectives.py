@@ -10,7 +10,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..saes import BatchTopKSAE, GatedSAE, JumpReLUSAE, MatryoshkaSAE, ReLUSAE, SparseAutoencoder, TopKSAE
+from ..saes import (
+    BatchTopKSAE,
+    ChannelAwareSAE,
+    GatedSAE,
+    JumpReLUSAE,
+    MatryoshkaSAE,
+    ReLUSAE,
+    SparseAutoencoder,
+    TopKSAE,
+)
 from ..saes.ops import largest_of_all, ragged_decode, sampled_linear, starts
 from .losses import fraction_of_variance_unexplained as fvu_of
 
@@ -104,9 +113,12 @@ def _matryoshka(sae: MatryoshkaSAE, x: torch.Tensor, weights: torch.Tensor | Non
     return Objective(loss, x_hat, fvu, _fired_of(values, indices, sae.n_latents), _next_threshold(sae, values))
 
 
-@objective.register
-def _relu(sae: ReLUSAE, x: torch.Tensor, weights: torch.Tensor | None, sparsity: float, bandwidth: float) -> Objective:
-    """FVU and an L1 penalty on the codes (2309.08600, equation 4)."""
+@objective.register(ReLUSAE)
+@objective.register(ChannelAwareSAE)
+def _relu(
+    sae: SparseAutoencoder, x: torch.Tensor, weights: torch.Tensor | None, sparsity: float, bandwidth: float
+) -> Objective:
+    """FVU and an L1 penalty on the codes (2309.08600, equation 4; Ijishakin et al., 2024, equation 8)."""
     z = sae.encode(x)
     x_hat = sae.decode(z)
     fvu = fvu_of(x, x_hat, weights)

@@ -236,7 +236,7 @@ def test_sites_and_widths_that_are_not_there():
     with pytest.raises(InputError, match="choose one of generator.synthesis, generator.mapping, generator.w"):
         pipe.load_sae(TopKSAE(16, 32, 4), site="generator")
     pipe.load_sae(TopKSAE(8, 32, 4), site="generator.synthesis.b8.conv1", adapter_name="map")
-    with pytest.raises(InputError, match="tokens are for sites of text and for w"):
+    with pytest.raises(InputError, match="tokens are for sites of text, for w and for channels"):
         pipe.steer({1: 1.0}, "map", tokens=[1])
 
 
