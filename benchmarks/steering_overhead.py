@@ -170,6 +170,7 @@ def denoiser(dtype: torch.dtype, device: str, steps: int, rounds: int, compiled:
         "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
         "compiled": compiled,
         "steps": steps,
+        "rounds": rounds,
         **times,
         **{f"{mode}_over_bare": times[mode] / times["bare"] for mode in ("add", "scale")},
     }
