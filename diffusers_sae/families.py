@@ -7,9 +7,12 @@ counts. A pipeline without a row is taken to put `[uncond, cond]` in one batch i
 
 from __future__ import annotations
 
+import importlib
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from diffusers import DiffusionPipeline
 from torch import nn
 
 from .errors import InputError
@@ -19,6 +22,7 @@ GENERATORS = ("generator",)
 """Components that make the image in one pass, in pipelines that denoise nothing."""
 PIPELINES = {"StyleGAN2Pipeline": "diffusers_sae.adapters.stylegan2_pipeline"}
 """Modules of the pipeline classes that are this package's own and not diffusers'."""
+HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
 Call = Mapping[str, Any]
 """The arguments of the running call of a pipeline, defaults filled in."""
 
@@ -161,3 +165,13 @@ def images_of(call: Call) -> int | None:
             count = 1 if isinstance(value, str) else len(value)
             return count * (call.get("num_images_per_prompt") or 1)
     return None
+
+
+def pipeline_class(source: str | os.PathLike, kwargs: Mapping[str, Any]) -> Any:
+    """The class that the pipeline's `model_index.json` names if it is one of this package's own, else diffusers'."""
+    try:
+        config = DiffusionPipeline.load_config(source, **{k: kwargs[k] for k in HUB_ARGUMENTS if k in kwargs})
+    except (OSError, ValueError):
+        return DiffusionPipeline  # which says what is wrong, or knows another way
+    name = config.get("_class_name")
+    return getattr(importlib.import_module(PIPELINES[name]), name) if name in PIPELINES else DiffusionPipeline

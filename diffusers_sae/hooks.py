@@ -143,7 +143,7 @@ class SAEProcessor(ModelHook):
             found = [change for change in changes if change is not None]
             if found:
                 result = x.clone() if result is x else result
-                result[rows] = _moved(x[rows], sum(found[1:], found[0]))
+                result[rows] = moved(x[rows], sum(found[1:], found[0]))
         return result
 
     def _change(
@@ -180,7 +180,7 @@ def nothing(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """What a copy of a hooked module has in the place of the hook: the copy belongs to no pipeline."""
 
 
-def _moved(x: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+def moved(x: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
     """`x + change`, summed in fp32; where nothing changes, `x` bit for bit (adding 0 would turn -0 into +0)."""
     return torch.where(change == 0, x, (x.float() + change).to(x.dtype))
 

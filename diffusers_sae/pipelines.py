@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from .activations import Activations, SiteActivations
 from .context import Context, arguments_of
 from .edits import Edit, check_fits, make_edit
 from .errors import InputError
-from .families import PIPELINES, check_supported
+from .families import check_supported, pipeline_class
 from .hooks import CaptureHook, LoadedSAE
 from .loaders import Source, load_sae
 from .origin import base_model, warn_of_other_recipe, warn_of_other_sae
@@ -299,7 +298,9 @@ class SAESteeringPipeline(SAESteeringMixin):
         """`DiffusionPipeline.from_pretrained`, with its arguments, made steerable."""
         if issubclass(cls, DiffusionPipeline):
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
-        pipe = _class_in(pretrained_model_name_or_path, kwargs).from_pretrained(pretrained_model_name_or_path, **kwargs)
+        pipe = pipeline_class(pretrained_model_name_or_path, kwargs).from_pretrained(
+            pretrained_model_name_or_path, **kwargs
+        )
         pipe.__class__ = _steerable(type(pipe))  # type: ignore[arg-type]
         return pipe
 
@@ -320,19 +321,6 @@ class SAESteeringPipeline(SAESteeringMixin):
         if kwargs:
             pipe.register_modules(**kwargs)
         return pipe
-
-
-HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
-
-
-def _class_in(source: str | os.PathLike, kwargs: Mapping[str, Any]) -> Any:
-    """The class that the pipeline's `model_index.json` names if it is one of this package's own, else diffusers'."""
-    try:
-        config = DiffusionPipeline.load_config(source, **{k: kwargs[k] for k in HUB_ARGUMENTS if k in kwargs})
-    except (OSError, ValueError):
-        return DiffusionPipeline  # which says what is wrong, or knows another way
-    name = config.get("_class_name")
-    return getattr(importlib.import_module(PIPELINES[name]), name) if name in PIPELINES else DiffusionPipeline
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from conftest import Harness, random_sae
 from kinds import READ_ONLY, of_kind
 from reference import codes, edited
 
-from diffusers_sae import InputError, Rule, Site
+from diffusers_sae import InputError, Rule, Site, load_sae
 from diffusers_sae.adapters.image_embeds import transferred, turned
 
 WIDTH = 32
@@ -159,3 +159,12 @@ def test_transfers_follow_the_formula(kind):
         transferred(sae, a, b[:, :3])
     with pytest.raises(InputError, match="'replace' is not a mode for embeddings"):
         turned(sae, a, {1: 1.0}, "replace")
+
+
+def test_adding_reads_directions_alone(tmp_path, monkeypatch, sae):
+    monkeypatch.setattr("diffusers_sae.loaders.LARGE", 0)
+    sae.save_pretrained(tmp_path)
+    left = load_sae(tmp_path)
+    x = torch.randn(3, WIDTH)
+    assert torch.equal(turned(left, x, {3: 2.0}), turned(sae, x, {3: 2.0})) and left.W_dec.is_meta
+    assert torch.equal(turned(left, x, {3: 2.0}, "scale"), turned(sae, x, {3: 2.0}, "scale")) and not left.W_dec.is_meta

@@ -11,6 +11,7 @@ import torch
 
 from ..edits import OPERATIONS
 from ..errors import InputError
+from ..hooks import moved
 from ..saes import SparseAutoencoder
 
 
@@ -30,9 +31,11 @@ def turned(
     if mode not in known:
         raise InputError(f"{mode!r} is not a mode for embeddings; choose one of {', '.join(known)}.")
     chosen = _checked(sae, embeds, list(features))
-    z = sae.encode_only(embeds, torch.tensor(chosen, device=embeds.device))
     strengths = torch.tensor([float(s) for s in features.values()], device=embeds.device)
-    return _moved(sae, embeds, chosen, OPERATIONS[mode].apply(z, strengths) - z)
+    if not OPERATIONS[mode].needs_code:
+        return _shifted(sae, embeds, strengths @ _directions(sae, chosen, embeds))
+    z = _codes(sae, embeds, chosen)
+    return _shifted(sae, embeds, (OPERATIONS[mode].apply(z, strengths) - z) @ _directions(sae, chosen, embeds))
 
 
 @torch.no_grad()
@@ -57,14 +60,16 @@ def transferred(
     Raises:
         InputError: no such feature, or another width.
     """
-    chosen = _checked(sae, embeds, list(range(sae.n_latents)) if features is None else features)
-    for other in (source, instead_of):
-        if other is not None:
-            _checked(sae, other, [])
-    at = torch.tensor(chosen, device=embeds.device)
+    chosen = _checked(sae, embeds, features or [])
     origin = embeds if instead_of is None else instead_of
-    change = sae.encode_only(source, at) - sae.encode_only(origin, at)
-    return _moved(sae, embeds, chosen, share * change)
+    for other in (source, origin):
+        _checked(sae, other, [])
+    if features is None:
+        sae.fetch()
+        change = sae.decode_sparse(sae.encode_sparse(source)) - sae.decode_sparse(sae.encode_sparse(origin))
+    else:
+        change = (_codes(sae, source, chosen) - _codes(sae, origin, chosen)) @ _directions(sae, chosen, embeds)
+    return _shifted(sae, embeds, share * change)
 
 
 def _checked(sae: SparseAutoencoder, embeds: torch.Tensor, features: Sequence[int]) -> list[int]:
@@ -73,9 +78,16 @@ def _checked(sae: SparseAutoencoder, embeds: torch.Tensor, features: Sequence[in
     return [sae.checked_feature(feature) for feature in features]
 
 
-def _moved(sae: SparseAutoencoder, x: torch.Tensor, features: list[int], change: torch.Tensor) -> torch.Tensor:
-    """`x` moved by a change `(..., m)` of some latents."""
-    delta = change @ sae.decoder_rows(features).to(x.device)
+def _codes(sae: SparseAutoencoder, x: torch.Tensor, features: list[int]) -> torch.Tensor:
+    sae.fetch()
+    return sae.encode_only(x, torch.tensor(features, device=x.device))
+
+
+def _directions(sae: SparseAutoencoder, features: list[int], x: torch.Tensor) -> torch.Tensor:
+    return sae.decoder_rows(features).to(x.device)
+
+
+def _shifted(sae: SparseAutoencoder, x: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    """`x` and a change `(..., d)` of what the SAE decodes."""
     scale = sae.row_scale(x)
-    delta = delta if scale is None else scale * delta
-    return torch.where(delta == 0, x, (x.float() + delta).to(x.dtype))
+    return moved(x, change if scale is None else scale * change)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ class CandidateFigures:
         fvu, l0: over all rows.
         seen: share of latents that fired at all.
         by_step: FVU by (branch, timestep).
-        norm: mean norm of the rows' mean; of the SAE, it is that of `b_dec`.
+        norm: of the rows' mean, where the SAE expects about that of `b_dec`.
         spread: root of the mean square distance of rows from their mean.
         cosine: between the rows' mean and `b_dec`.
     """
@@ -68,11 +68,13 @@ class SAECheck:
         return _best(self.site, self.candidates)
 
     def __str__(self) -> str:
-        lines = [self.verdict, "", f"{'tensor':<60} {'FVU':>8} {'L0':>7} {'seen':>6} {'|mean|':>8} {'spread':>8}"]
+        header = f" {'tensor':<59} {'FVU':>8} {'L0':>7} {'seen':>6} {'|mean|':>8} {'spread':>8} {'cos':>6}"
+        lines = [self.verdict, "", header]
         for site, f in sorted(self.candidates.items(), key=lambda item: item[1].fvu):
-            mark = "*" if site == self.site else " "
-            lines.append(f"{mark}{site!s:<59} {f.fvu:8.3f} {f.l0:7.1f} {f.seen:6.1%} {f.norm:8.2f} {f.spread:8.2f}")
-        lines += ["", f"The SAE's b_dec has norm {self.expected_norm:.2f}.", "FVU by branch and timestep at the site:"]
+            figures = f"{f.fvu:8.3f} {f.l0:7.1f} {f.seen:6.1%} {f.norm:8.2f} {f.spread:8.2f} {f.cosine:6.2f}"
+            lines.append(f"{'*' if site == self.site else ' '}{site!s:<59} {figures}")
+        lines += ["", f"The SAE's b_dec has norm {self.expected_norm:.2f}; cos is that of the mean with it."]
+        lines += ["FVU by branch and timestep at the site:"]
         for (branch, timestep), fvu in self.candidates[self.site].by_step.items():
             lines.append(f"  {branch:<8} {timestep:8.1f} {fvu:8.3f}")
         return "\n".join(lines)
@@ -96,7 +98,7 @@ def check_sae(pipe: Any, sae: SparseAutoencoder, site: Site, prompt: Any = None,
     sae.fetch()
     device = sae.W_dec.device
     sae.to("cpu")
-    meters = {each: _Meter(sae, each) for each in _candidates(pipe, site, sae.d_in)}
+    meters = {each: _Meter(sae) for each in _candidates(pipe, site, sae.d_in)}
     state = pipe._steering
     hooks = [
         (resolve(pipe, each), CaptureHook(each, meter.take, lambda: state.armed)) for each, meter in meters.items()
@@ -109,7 +111,7 @@ def check_sae(pipe: Any, sae: SparseAutoencoder, site: Site, prompt: Any = None,
             pipe(**arguments)
     finally:
         sae.to(device)
-    found = {each: meter.figures() for each, meter in meters.items() if meter.varies}
+    found = {each: meter.candidate() for each, meter in meters.items() if meter.varies}
     if site not in found:
         raise InputError(
             f"{site} did not run, has not the SAE's width of {sae.d_in}, or held the same in all rows; choose another."
@@ -138,12 +140,9 @@ def _candidates(pipe: Any, site: Site, width: int) -> list[Site]:
         return [site]
     here = [replace(site, kind=kind) for kind in KINDS]
     text = [replace(site, stream=stream) for stream in STREAMS if stream != site.stream]
-    paths = [
-        path
-        for path in _neighbours(pipe, site)
-        if _could_have(resolve(pipe, Site(path)), replace(site, path=path), width)
-    ]
-    near = [replace(site, path=path, kind=kind) for path in paths[:NEIGHBOURS] for kind in KINDS]
+    blocks = [replace(site, path=path) for path in _neighbours(pipe, site)]
+    blocks = [block for block in blocks if _could_have(resolve(pipe, block), block, width)]
+    near = [replace(block, kind=kind) for block in blocks[:NEIGHBOURS] for kind in KINDS]
     found = [site]
     for each in (*here, *text, *near):
         if each not in found and _could_have(resolve(pipe, each), each, width):
@@ -168,57 +167,29 @@ def _could_have(place: Place, site: Site, width: int) -> bool:
     return True
 
 
-@dataclass
-class _Meter:
-    """Takes what a site holds, and measures it at once."""
+class _Meter(ReconstructionMeter):
+    """Measures what a site holds when it holds it, by branch and timestep."""
 
-    sae: SparseAutoencoder
-    site: Site
-    rows: int = 0
-    _by_branch: dict[str, ReconstructionMeter] = field(default_factory=dict)
-    _total: torch.Tensor | float = 0.0
-    _square: float = 0.0
-
-    def __post_init__(self) -> None:
-        self._pooled = ReconstructionMeter(self.sae)
-
-    @torch.no_grad()
     def take(self, site: Site, x: torch.Tensor, context: Context) -> None:
         for branch, part in context.parts():
-            rows = LAYOUTS[self.site.layout].to_rows(x[part])
-            if rows.shape[-1] != self.sae.d_in:
-                return
-            every = max(1, rows.shape[1] // PLACES) if self.sae.rows_apart else 1
-            chosen = rows[:, ::every].reshape(-1, self.sae.d_in).float().cpu()
-            self._by_branch.setdefault(branch, ReconstructionMeter(self.sae)).add(context.timestep, chosen)
-            self._pooled.add(context.timestep, chosen)
-            self.rows += len(chosen)
-            self._total = self._total + chosen.double().sum(0)
-            self._square += float(chosen.double().square().sum())
-
-    @property
-    def variance(self) -> float:
-        """Mean square distance of rows from their mean."""
-        return self._square / self.rows - float((torch.as_tensor(self._total) / self.rows).square().sum())
+            rows = LAYOUTS[site.layout].to_rows(x[part])
+            if rows.shape[-1] == self.sae.d_in:
+                every = max(1, rows.shape[1] // PLACES) if self.sae.rows_apart else 1
+                self.add((branch, context.timestep), rows[:, ::every].float().cpu())
 
     @property
     def varies(self) -> bool:
         """Whether the rows, if there were any, were not all the same."""
-        return self.rows > 0 and self.variance > 1e-12 * self._square / self.rows
+        return self.rows > 0 and self.variance > 1e-12 * float(self.mean.square().sum())
 
-    def figures(self) -> CandidateFigures:
-        pooled = self._pooled.figures()
-        mean = torch.as_tensor(self._total) / self.rows
+    def candidate(self) -> CandidateFigures:
+        told, mean = self.figures(), self.mean
         centre = self.sae.b_dec.double() if hasattr(self.sae, "b_dec") else torch.zeros_like(mean)
         return CandidateFigures(
-            fvu=float(pooled["fvu"]),  # type: ignore[arg-type]
-            l0=float(pooled["l0"]),  # type: ignore[arg-type]
-            seen=1 - float(pooled["dead"]),  # type: ignore[arg-type]
-            by_step={
-                (branch, timestep): fvu
-                for branch, meter in self._by_branch.items()
-                for timestep, fvu in meter.figures()["fvu_by_timestep"].items()  # type: ignore[attr-defined]
-            },
+            fvu=told["fvu"],
+            l0=told["l0"],
+            seen=1 - told["dead"],
+            by_step=told["fvu_by_timestep"],
             norm=float(mean.norm()),
             spread=self.variance**0.5,
             cosine=float(torch.cosine_similarity(mean, centre, dim=0)),

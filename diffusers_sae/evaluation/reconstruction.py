@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 
@@ -35,15 +36,15 @@ class ReconstructionMeter:
     """Adds up reconstruction errors over batches of held-out rows, and tells the figures at the end."""
 
     sae: SparseAutoencoder
-    _steps: dict[float, _Sums] = field(default_factory=dict)
+    _steps: dict[Any, _Sums] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._pooled = _Sums()
         self._fired = torch.zeros(self.sae.n_latents, dtype=torch.long)  # rows
 
     @torch.no_grad()
-    def add(self, timestep: float, x: torch.Tensor) -> SparseCode:
-        """Take in rows `(..., d)` seen at one timestep; returns their code, `(N, k)`."""
+    def add(self, timestep: Any, x: torch.Tensor) -> SparseCode:
+        """Take in rows `(..., d)` seen at one timestep, or under another label; returns their code, `(N, k)`."""
         x = x.reshape(-1, x.shape[-1])
         code = self.sae.encode_sparse(x)
         x_hat = self.sae.restored(self.sae.decode_sparse(code), x)
@@ -62,7 +63,21 @@ class ReconstructionMeter:
         self._steps[timestep] = self._steps.get(timestep, _Sums()) + seen
         return code
 
-    def figures(self) -> dict[str, object]:
+    @property
+    def rows(self) -> int:
+        return self._pooled.rows
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """The mean row, `(d,)` in float64."""
+        return torch.as_tensor(self._pooled.total) / self.rows
+
+    @property
+    def variance(self) -> float:
+        """Mean square distance of the rows from their mean."""
+        return self._pooled.square / self.rows - float(self.mean.square().sum())
+
+    def figures(self) -> dict[str, Any]:
         """`fvu` pooled, `fvu_by_timestep`, and over all rows `mse` and `mae` a number, `cosine` of a row with its
         reconstruction, `l0`, `dead` (share of latents that never fired), `rows`, and `density`: how many latents fire
         on a share of rows of 10^-6 to 10^-5, and so on; the first decade counts all rarer ones too.

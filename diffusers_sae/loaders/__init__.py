@@ -82,16 +82,15 @@ def _from_folder(
     file = folder / (weight_name or _weights_in(folder, variant))
     told = {**read_config(folder), **config}
     if file.suffix == ".safetensors" and file.is_file() and file.stat().st_size >= LARGE:
-        sae, digest = _left_on_disk(file, told), None
+        sae = _left_on_disk(file, told)
     else:
         tensors, beside = read_file(file, inert=inert)
         sae = _made(Weights(tensors, {**beside, **told}, str(file), folder))
-        digest = sha256(file)
     statistics = LatentStatistics.load(folder)
     sae.statistics = sae.statistics if statistics is None else statistics
     sae.labels = read_labels(folder, sae.n_latents)
     if "_class_name" not in told:
-        _remember(sae, found, file, digest)
+        _remember(sae, found, file)
     return sae
 
 
@@ -103,21 +102,25 @@ def _made(weights: Weights) -> SparseAutoencoder:
 
 
 def _left_on_disk(file: Path, config: Mapping[str, Any]) -> SparseAutoencoder:
-    """An SAE whose weights stay in the file; what needs them all reads, and checks, them then."""
+    """An SAE whose weights stay in the file, if that has its directions as rows; what needs all reads them then."""
     try:
         stored = stored_tensors(file)
     except BROKEN as error:
         raise unreadable(file, error) from None
-    shapes = {name: torch.empty(each.shape, dtype=each.dtype, device="meta") for name, each in stored.items()}
-    layout = format_of(Weights(shapes, config, str(file), file.parent))
-    if layout.rows is None:
-        return _made(Weights(read_file(file)[0], config, str(file), file.parent))
-    sae = layout.read(Weights(shapes, config, str(file), file.parent))
-    rows = stored[layout.rows]
+
+    def weights(tensors: Mapping[str, torch.Tensor]) -> Weights:
+        return Weights(tensors, config, str(file), file.parent)
+
+    shapes = weights({n: torch.empty(each.shape, dtype=each.dtype, device="meta") for n, each in stored.items()})
+    layout = format_of(shapes)
+    sae = layout.read(shapes)
+    rows = stored.get(layout.rows or "")
+    if rows is None or tuple(rows.shape) != (sae.n_latents, sae.d_in):
+        return _made(weights(read_file(file)[0]))
 
     def read() -> Mapping[str, torch.Tensor]:
         verify_checksums(file.parent)
-        return layout.read(Weights(read_file(file)[0], config, str(file), file.parent)).state_dict()
+        return layout.read(weights(read_file(file)[0])).state_dict()
 
     def read_rows(features: Sequence[int]) -> torch.Tensor:
         found = rows.rows(features).float()
@@ -125,13 +128,11 @@ def _left_on_disk(file: Path, config: Mapping[str, Any]) -> SparseAutoencoder:
             raise InputError(f"{file} has weights that are not finite; fetch or train the SAE again.")
         return found
 
-    if tuple(rows.shape) != (sae.n_latents, sae.d_in):  # it lies the other way
-        return _made(Weights(read_file(file)[0], config, str(file), file.parent))
     sae.read_later(read, read_rows)
     return sae
 
 
-def _remember(sae: SparseAutoencoder, found: Found, file: Path, digest: str | None) -> None:
+def _remember(sae: SparseAutoencoder, found: Found, file: Path) -> None:
     """Write into an SAE of others where it came from, and what is known of that place."""
     provenance = {**sae.provenance}
     if found.repository is not None:
@@ -141,8 +142,8 @@ def _remember(sae: SparseAutoencoder, found: Found, file: Path, digest: str | No
         revision = next((p.name for p in file.parents if p.parent.name == "snapshots"), None)
         provenance |= {"repository": found.repository, "subfolder": found.subfolder, "revision": revision}
     provenance["file"] = file.name
-    if digest is not None:
-        provenance["sha256"] = digest
+    if not sae.W_dec.is_meta:  # what is left on disk is not read for this
+        provenance["sha256"] = sha256(file)
     sae.register_to_config(provenance=provenance)
 
 

@@ -48,17 +48,19 @@ class Weights:
         turn = transposed if n == d else tensor.shape[0] == d
         return (tensor.T if turn else tensor).detach().float().contiguous()
 
-    def parts(self, W_enc: str, b_enc: str, W_dec: str, b_dec: str, turned: str = "") -> dict[str, torch.Tensor]:
+    def parts(
+        self, W_enc: str, b_enc: str, W_dec: str, b_dec: str, turned: str | None = None
+    ) -> dict[str, torch.Tensor]:
         """The four tensors that every SAE has, from these names, in our names and form.
 
-        `turned` names those matrices that lie the other way, `(d, n)`, which counts only where n = d.
+        `turned` names the matrix that lies the other way there, `(d, n)`, which counts only where n = d.
         """
         bias, centre = self.vector(b_enc), self.vector(b_dec)
         n, d = len(bias), len(centre)
         return {
-            "W_enc": self.matrix(W_enc, n, d, "W_enc" in turned),
+            "W_enc": self.matrix(W_enc, n, d, turned == "W_enc"),
             "b_enc": bias,
-            "W_dec": self.matrix(W_dec, n, d, "W_dec" in turned),
+            "W_dec": self.matrix(W_dec, n, d, turned == "W_dec"),
             "b_dec": centre,
         }
 

@@ -61,7 +61,7 @@ def _fired(z: torch.Tensor) -> torch.Tensor:
 
 
 def _fired_of(values: torch.Tensor, indices: torch.Tensor, n: int) -> torch.Tensor:
-    return torch.zeros(n, dtype=torch.bool, device=values.device).index_fill_(0, indices[values > 0], True)
+    return torch.zeros(n, dtype=torch.bool, device=values.device).index_fill_(0, indices[values != 0], True)
 
 
 @objective.register

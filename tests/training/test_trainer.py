@@ -7,6 +7,7 @@ from conftest import random_sae
 from diffusers_sae import InputError, TopKSAE
 from diffusers_sae.training import SAETrainer, TrainingConfig
 from diffusers_sae.training.losses import aux_k_loss, fraction_of_variance_unexplained
+from diffusers_sae.training.objectives import objective
 from diffusers_sae.training.trainer import (
     geometric_median,
     read_checkpoint,
@@ -209,3 +210,15 @@ def test_resampling_revives_what_would_stay_dead():
         return (trainer.finish().encode(data) > 0).any(0).logical_not().float().mean().item()
 
     assert dead_share(None) == 0.5 and dead_share(50) < 0.4  # of 64 latents for 48 features
+
+
+def test_saes_of_normalized_rows_are_not_trained():
+    with pytest.raises(InputError, match="SAEs with input_norm='layer_norm' are read, not trained"):
+        SAETrainer(TopKSAE(8, 32, 4, input_norm="layer_norm"), TrainingConfig(steps=1), torch.randn(50, 8))
+
+
+def test_latents_below_zero_fire_too():
+    sae = TopKSAE(8, 8, 8, relu=False)
+    x = torch.randn(50, 8)
+    assert (sae.encode(x) < 0).any()
+    assert objective(sae, x[:1], torch.ones(1), 1.0, 0.1).fired.all()

@@ -9,6 +9,9 @@ from typing import NamedTuple
 from ...saes import SparseAutoencoder
 from ..weights import Weights
 
+TRANSFORMER_LENS = ("W_enc", "b_enc", "W_dec", "b_dec")
+"""Names of the tensors among those who come from TransformerLens; their `W_enc` is `(d, n)`."""
+
 
 class Format(NamedTuple):
     """One layout.

@@ -8,8 +8,7 @@ import torch
 
 from ...saes import SparseAutoencoder
 from ..weights import Weights, build, without_shift
-from .base import Format
-from .revelio import NAMES
+from .base import TRANSFORMER_LENS, Format
 
 LINEAR = ("encoder.weight", "encoder.bias", "decoder.weight")
 GATED = ("decoder_bias", "encoder.weight", "r_mag", "gate_bias", "mag_bias", "decoder.weight")
@@ -26,9 +25,9 @@ def _class(weights: Weights) -> str | None:
         return "AutoEncoderNew"
     if weights.only(*GATED):
         return "GatedAutoEncoder"
-    if weights.only(*NAMES, "threshold", "k", "group_sizes"):
+    if weights.only(*TRANSFORMER_LENS, "threshold", "k", "group_sizes"):
         return "MatryoshkaBatchTopKSAE"
-    if weights.only(*NAMES, "threshold") and not {"d_sae", "_class_name", "schema"} & set(weights.config):
+    if weights.only(*TRANSFORMER_LENS, "threshold") and not {"d_sae", "_class_name", "schema"} & set(weights.config):
         turned = weights.tensors["W_enc"].shape[-1:] == weights.tensors["b_enc"].shape
         return told or ("JumpReluAutoEncoder" if turned else None)
     if weights.only(*LINEAR, "b_dec", "k", "threshold") or weights.only(*LINEAR, "b_dec", "k"):
@@ -82,7 +81,7 @@ def _gated(weights: Weights) -> SparseAutoencoder:
 
 def _jump_relu(weights: Weights) -> SparseAutoencoder:
     """`b_dec` is not subtracted, unless the config says so; a ReLU stands behind the threshold."""
-    found = weights.parts(*NAMES, turned="W_enc")
+    found = weights.parts(*TRANSFORMER_LENS, turned="W_enc")
     if not weights.config.get("apply_b_dec_to_input"):
         found["b_enc"] = without_shift(found["W_enc"], found["b_enc"], found["b_dec"])
     found["threshold"] = weights.vector("threshold", len(found["b_enc"])).clamp(min=0)
@@ -102,7 +101,7 @@ def _batch_topk(weights: Weights) -> SparseAutoencoder:
 def _matryoshka(weights: Weights) -> SparseAutoencoder:
     sizes = weights.tensors["group_sizes"]
     prefixes = None if sizes.is_meta else sizes.cumsum(0).tolist()
-    found = weights.parts(*NAMES, turned="W_enc") | _threshold(weights)
+    found = weights.parts(*TRANSFORMER_LENS, turned="W_enc") | _threshold(weights)
     return build("MatryoshkaSAE", {"k": _k(weights), "prefixes": prefixes}, found, weights.origin)
 
 

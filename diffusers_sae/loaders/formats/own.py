@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...saes import ARCHITECTURES, SparseAutoencoder
+from ...saes import SparseAutoencoder
 from ..weights import Weights, build
 from .base import Format
 
@@ -21,8 +21,6 @@ def _recognizes(weights: Weights) -> bool:
 def _read(weights: Weights) -> SparseAutoencoder:
     kind = weights.config.get("_class_name", "TopKSAE")
     arguments = {name: value for name, value in weights.config.items() if name[:1] != "_" and name != "format"}
-    if kind not in ARCHITECTURES:
-        raise weights.refuse(f"is a {kind}, which is not known; known are {', '.join(ARCHITECTURES)}")
     return build(kind, arguments, weights.tensors, weights.origin)
 
 

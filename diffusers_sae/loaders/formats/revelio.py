@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from ...saes import SparseAutoencoder
 from ..weights import Weights, build
-from .base import Format
-
-NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
-"""As those call them who come from TransformerLens; their `W_enc` is `(d, n)`."""
+from .base import TRANSFORMER_LENS, Format
 
 
 def _read(weights: Weights) -> SparseAutoencoder:
     return build(
-        "TopKSAE", {"k": weights.whole("k"), "relu": False}, weights.parts(*NAMES, turned="W_enc"), weights.origin
+        "TopKSAE",
+        {"k": weights.whole("k"), "relu": False},
+        weights.parts(*TRANSFORMER_LENS, turned="W_enc"),
+        weights.origin,
     )
 
 

@@ -21,8 +21,7 @@ from ...saes import (
     TopKSAE,
 )  # fmt: skip
 from ..weights import Weights, build, without_shift
-from .base import Format
-from .revelio import NAMES
+from .base import TRANSFORMER_LENS, Format
 
 NORMS = {"none": None, "layer_norm": "layer_norm", "constant_norm_rescale": "constant_norm"}
 ARCHITECTURE: dict[type, str] = {ReLUSAE: "standard", TopKSAE: "topk", JumpReLUSAE: "jumprelu", GatedSAE: "gated"}
@@ -43,7 +42,7 @@ def _read(weights: Weights) -> SparseAutoencoder:
     architecture = _architecture(config)
     biased = "b_gate" if architecture == "gated" else "b_enc"
     tensors = dict(weights.tensors) | {"b_enc": weights.vector(biased)}
-    found = Weights(tensors, config, weights.origin).parts(*NAMES, turned="W_enc")
+    found = Weights(tensors, config, weights.origin).parts(*TRANSFORMER_LENS, turned="W_enc")
     n, d = found["W_dec"].shape
     weights.check_told(d_sae=n, d_in=d)
     if weights.has("scaling_factor") and config.get("finetuning_scaling_factor"):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from ...saes import SparseAutoencoder
 from ..weights import Weights, build, without_shift
-from .base import Format
-from .revelio import NAMES
+from .base import TRANSFORMER_LENS, Format
 
 
 def _recognizes(weights: Weights) -> bool:
@@ -20,7 +19,7 @@ def _read(weights: Weights) -> SparseAutoencoder:
             f"is of schema {weights.config['schema']!r}, which does not tell its activation; known is 5"
         )
     parameters = Weights({}, activation.get("params") or {}, weights.origin)
-    tensors = weights.parts(*NAMES, turned="W_enc")
+    tensors = weights.parts(*TRANSFORMER_LENS, turned="W_enc")
     n, d = tensors["W_dec"].shape
     Weights({}, told, weights.origin).check_told(d_model=d, d_sae=n)
     tensors["b_enc"] = without_shift(tensors["W_enc"], tensors["b_enc"], tensors["b_dec"])

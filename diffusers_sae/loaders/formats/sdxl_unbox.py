@@ -9,7 +9,7 @@ import torch
 
 from ...saes import LatentStatistics, SparseAutoencoder
 from ..reading import read_file
-from ..weights import Weights, build
+from ..weights import Weights, build, without_shift
 from .base import Format
 
 
@@ -23,19 +23,18 @@ def _read(weights: Weights) -> SparseAutoencoder:
     n, d = tensors["W_enc"].shape
     weights.check_told(n_dirs_local=n, d_model=d)
     if "auxk_coef" in weights.config:
-        tensors |= _of_concept_steerers(tensors["W_enc"], tensors["b_enc"], tensors["b_dec"])
+        tensors |= _of_concept_steerers(tensors)
     sae = build("TopKSAE", {"k": weights.whole("k")}, tensors, weights.origin)
     sae.statistics = _statistics(weights, n)
     return sae
 
 
-def _of_concept_steerers(W_enc: torch.Tensor, b_enc: torch.Tensor, pre_bias: torch.Tensor) -> dict[str, torch.Tensor]:
+def _of_concept_steerers(parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Concept Steerers trained what `W_dec z + p` gives against `x - p`, so that the bias of x itself is `2 p`.
 
     The codes stay as they are: `W_enc (x - p) + b = W_enc (x - 2 p) + (b + W_enc p)`.
     """
-    moved = torch.cat([rows.double() @ pre_bias.double() for rows in W_enc.split(4096)])
-    return {"b_enc": (b_enc.double() + moved).float(), "b_dec": 2 * pre_bias}
+    return {"b_enc": without_shift(parts["W_enc"], parts["b_enc"], parts["b_dec"]), "b_dec": 2 * parts["b_dec"]}
 
 
 def _statistics(weights: Weights, n: int) -> LatentStatistics | None:

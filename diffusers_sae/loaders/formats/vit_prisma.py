@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from ...saes import SparseAutoencoder
 from ..weights import Weights, build
-from .base import Format
-from .revelio import NAMES
+from .base import TRANSFORMER_LENS, Format
 
 NORMS = {None: None, "none": None, "layer_norm": "layer_norm", "constant_norm_rescale": "constant_norm"}
 OWN_FIELDS = {"hook_point_layer", "layer_subtype", "hook_point", "vit_model_cfg"}
@@ -26,10 +25,10 @@ def _read(weights: Weights) -> SparseAutoencoder:
     arguments = {"input_norm": NORMS[norm]}
     architecture = config.get("architecture", "standard")
     if architecture in ("standard", "vanilla"):
-        return build("ReLUSAE", arguments, weights.parts(*NAMES, turned="W_enc"), weights.origin)
+        return build("ReLUSAE", arguments, weights.parts(*TRANSFORMER_LENS, turned="W_enc"), weights.origin)
     if architecture == "gated":
         tensors = dict(weights.tensors) | {"b_enc": weights.vector("b_gate")}
-        found = Weights(tensors, config, weights.origin).parts(*NAMES, turned="W_enc")
+        found = Weights(tensors, config, weights.origin).parts(*TRANSFORMER_LENS, turned="W_enc")
         n = len(found["b_enc"])
         found |= {name: weights.vector(name, n) for name in ("r_mag", "b_mag")}
         return build("GatedSAE", arguments, found, weights.origin)
