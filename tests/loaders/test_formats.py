@@ -32,6 +32,19 @@ def test_codes_and_reconstructions_are_the_authors(name, tmp_path):
     assert sae.provenance["sha256"] and sae.provenance["file"]
 
 
+@pytest.mark.parametrize("config", [{}, {"threshold": 1.0}])
+def test_a_latent_that_reaches_its_threshold_is_active_in_overcomplete(config, tmp_path):
+    unit = torch.eye(D)
+    state = {
+        "encoder.final_block.0.weight": unit,
+        "encoder.final_block.0.bias": torch.zeros(D),
+        "dictionary._weights": unit,
+    }
+    write(tmp_path, {**state, **({} if config else {"thresholds": torch.zeros(D)})}, config, "model.pt")
+    sae = load_sae(tmp_path)
+    assert torch.equal(sae.encode(unit), unit) and not sae.encode(unit * 0.999).any()
+
+
 def test_every_format_has_a_file_that_it_reads(tmp_path):
     read = set()
     for name, layout in LAYOUTS.items():

@@ -167,6 +167,10 @@ BOMBS = {
     "safetensors: negative": ("x.safetensors", lambda: claiming([-1, -4], [0, 16], 16)),
     "torch: 256 MB with stride 0": ("x.pt", stretched),
     "zip: 256 MB in 1 MB": ("x.pt", lambda: deflated({"W_enc": wide().clone(), "W_dec": wide().clone()})),
+    "saev: 256 MB in 1 MB": (
+        "sae.pt",
+        lambda: b'{"schema": 5}\n' + deflated({"W_enc": wide().clone(), "W_dec": wide().clone()}),
+    ),
     "saev: a header without end": ("sae.pt", lambda: b"{" * 2**20),
 }
 """Files that claim far more than they hold."""
