@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .errors import InputError
-from .families import DENOISERS, GENERATORS, Family, family_of, images_of
+from .families import DENOISERS, Family, family_of, images_of
 
 BRANCHES = ("cond", "uncond")
 """The branches an edit can name."""
@@ -80,10 +80,10 @@ class TextContext(Context):
 
 
 class OnePassContext(Context):
-    """Context of a generator that makes the images in one pass."""
+    """Context of what runs once for all images: a generator, or a handover."""
 
     def update(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
-        """Read the generator's arguments for the call that is about to run."""
+        """Read the module's arguments for the call that is about to run."""
         self.rows = len(next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)))
 
 
@@ -186,4 +186,4 @@ def context_of(component: str) -> Context:
     """A context for a component of a pipeline, by its name."""
     if component in DENOISERS:
         return DenoisingContext()
-    return OnePassContext() if component in GENERATORS else TextContext()
+    return TextContext() if component.startswith("text_encoder") else OnePassContext()

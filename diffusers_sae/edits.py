@@ -13,10 +13,12 @@ import numpy as np
 import torch
 
 from .errors import InputError
+from .families import GENERATORS
+from .handover import Handover
 from .rules import Rule
 from .saes import LatentStatistics, SparseAutoencoder
 from .saes.statistics import UNITS
-from .sites import Site
+from .sites import Place, Site
 from .strengths import Strength, StrengthMap, StrengthTable, checked_strength
 
 
@@ -137,8 +139,10 @@ def _check_known(statistics: LatentStatistics, unit: str, features: list[int]) -
             raise InputError(f"The statistics of the SAE do not tell the {unit} of latent {j}; use another unit.")
 
 
-def check_fits(edit: Edit, site: Site, watched: Site | None = None) -> None:
+def check_fits(edit: Edit, site: Site, place: Place, watched: Site | None = None) -> None:
     """Raise `InputError` if an edit makes no sense at its site; `watched` is the site that its rule looks at."""
+    if isinstance(place.module, Handover) and not set(edit.weights) <= set(place.module.branches):
+        raise InputError(f"{site} are made for the branch cond alone here, and 0 for the other; pass branch='cond'.")
     if site.layout != "positions":
         _check_has_no_places(edit, site)
     if edit.when is not None and edit.when.at == "place" and watched is not None and watched.layout != "positions":
@@ -152,9 +156,9 @@ def check_fits(edit: Edit, site: Site, watched: Site | None = None) -> None:
         raise InputError(f"{site} has one row an image and no places; leave mask= out, and choose another mode.")
     if site.has_tokens and edit.mask is not None:
         raise InputError(f"A mask is for sites of images, and {site} is none; pass tokens= to choose positions.")
-    if not site.runs_once:
+    if not place.runs_once:
         return
-    when = "before the denoising" if site.is_text_encoder else "as nothing is denoised"
+    when = "as nothing is denoised" if place.root_name in GENERATORS else "before the denoising"
     if (edit.start, edit.stop) != (0.0, 1.0):
         raise InputError(f"{site} runs once, {when}, so that start and stop mean nothing; leave them out.")
     if any(callable(s) or isinstance(s, (StrengthTable, StrengthMap)) for s in edit.strengths):

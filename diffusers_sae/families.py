@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from .errors import InputError
+from .handover import branches_handed_over
 
 DENOISERS = ("transformer", "unet")
 GENERATORS = ("generator",)
@@ -103,6 +104,10 @@ FAMILIES: dict[str, Family] = {
     "PAG": Family(_perturbed(_guided)),
     "PixArt": Family(_by_scale),
     "KandinskyV22Controlnet": Family(_by_scale),
+    "KandinskyV22Combined": Family(_by_scale),
+    "KandinskyV22Img2ImgCombined": Family(_by_scale),
+    "KandinskyV22InpaintCombined": Family(_by_scale),
+    "StableUnCLIP": Family(_by_scale),
     "AuraFlow": Family(_by_scale),
     "Flux2Klein": Family(_cond_first, in_turn=True, unit=_share),
     "Flux": Family(_true_guidance, in_turn=True, unit=_share),
@@ -147,6 +152,8 @@ def _first_of(names: tuple[str, ...], pipe: Any) -> tuple[str, nn.Module]:
 
 def check_supported(pipe: Any) -> None:
     """Raise `InputError` for a pipeline whose branches or timesteps could only be guessed."""
+    if branches_handed_over(type(pipe)) is not None and not hasattr(pipe, "unet"):
+        return
     name, _ = image_maker_of(pipe)
     if name in GENERATORS:
         return

@@ -39,6 +39,7 @@ class LoadedSAE:
     name: str
     sae: SparseAutoencoder
     site: Site
+    place: Place
     enabled: bool = True
     edits: list[Edit] = field(default_factory=list)
     prepared: list[PreparedEdit] = field(default_factory=list)
@@ -218,7 +219,7 @@ class CaptureHook(ModelHook):
 
 def attach(place: Place, site: Site, hook: Any, name: str) -> Callable[[], None]:
     """Hang a hook on a site's module; returns what takes it off."""
-    if site.is_argument:
+    if place.is_argument:
         return place.module.register_forward_pre_hook(hook, with_kwargs=True).remove
     _register(place.root, place.module, hook, name)
     return lambda: _unregister(place.root, place.module, name)

@@ -19,6 +19,7 @@ from .context import Context, arguments_of
 from .edits import Edit, check_fits, make_edit
 from .errors import InputError
 from .families import check_supported, pipeline_class
+from .handover import methods_through_handover
 from .hooks import CaptureHook, LoadedSAE
 from .loaders import Source, load_sae
 from .origin import base_model, warn_of_other_recipe, warn_of_other_sae
@@ -95,7 +96,7 @@ class SAESteeringMixin:
                 "load an SAE that was trained at this site."
             )
         warn_of_other_sae(self, sae, where)
-        self._steering.add(LoadedSAE(name, sae.eval().requires_grad_(False), where), place)
+        self._steering.add(LoadedSAE(name, sae.eval().requires_grad_(False), where, place))
 
     def steer(
         self,
@@ -140,7 +141,7 @@ class SAESteeringMixin:
             features, one.sae, mode=mode, start=start, stop=stop, branch=branch, mask=mask, unit=unit,
             when=when, tokens=tokens, preserve_norm=preserve_norm, statistics=one.sae.statistics,
         )  # fmt: skip
-        check_fits(edit, one.site, self._watched_site(edit))
+        check_fits(edit, one.site, one.place, self._watched_site(edit))
         one.edits.append(edit)
 
     @contextmanager
@@ -179,8 +180,9 @@ class SAESteeringMixin:
         edits = edits_of(recipe, self._steering.loaded)
         warn_of_other_recipe(self, recipe.get("base_model"))
         for name, found in edits.items():
+            one = self._steering.loaded[name]
             for edit in found:
-                check_fits(edit, self._steering.loaded[name].site, self._watched_site(edit))
+                check_fits(edit, one.site, one.place, self._watched_site(edit))
         for name, found in edits.items():
             self._steering.loaded[name].edits += found
 
@@ -332,8 +334,6 @@ def _steerable(cls: Any) -> type:
         with self._steering.running(self, arguments_of(cls.__call__, (self, *args), kwargs)):
             return cls.__call__(self, *args, **kwargs)
 
-    return type(
-        cls.__name__,
-        (SAESteeringPipeline, cls),
-        {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__, "__call__": __call__},
-    )
+    told = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+    methods = {"__call__": __call__, **methods_through_handover(cls)}
+    return type(cls.__name__, (SAESteeringPipeline, cls), {**told, **methods})

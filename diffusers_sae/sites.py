@@ -11,13 +11,15 @@ import torch
 from torch import nn
 
 from .errors import InputError
-from .families import GENERATORS, image_maker_of
+from .families import DENOISERS, image_maker_of
+from .handover import Handover
 
 KINDS = ("output", "input", "update")
 STREAMS = ("image", "text")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
 ARGUMENTS = ("image_embeds",)
-"""Sites that are no module's output: what the denoiser is given beside the noise, in `added_cond_kwargs`."""
+"""Sites that are no module's output: what a denoiser is given beside the noise, in `added_cond_kwargs`, or what is
+handed over before."""
 ALIASES = {"w": "generator.w"}
 """Short names of paths."""
 
@@ -28,7 +30,8 @@ class Site:
 
     Args:
         path: pipe-relative, such as `unet.up_blocks.1.attentions.1`; or `w`, StyleGAN's w with its layers as rows;
-            or `image_embeds`, what a Kandinsky 2.2 decoder is given of an image, one row an image.
+            or `image_embeds`, what a Kandinsky 2.2 decoder or unCLIP is given of an image, or a prior makes, one row an
+            image.
         kind: `output`, `input`, or `update` (output minus input).
         stream: `image` or `text`, where a block returns both.
         layout: `positions`: each spatial place or token is a row; `channels`: each channel's map is a row; `vector`:
@@ -69,11 +72,6 @@ class Site:
     def is_argument(self) -> bool:
         """Whether it is something that the denoiser is given."""
         return self.path in ARGUMENTS
-
-    @property
-    def runs_once(self) -> bool:
-        """Whether it runs once a call, outside of any denoising."""
-        return self.is_text_encoder or self.path.partition(".")[0] in GENERATORS
 
     @property
     def has_tokens(self) -> bool:
@@ -215,6 +213,16 @@ class Place(NamedTuple):
     root: nn.Module
     module: nn.Module
 
+    @property
+    def is_argument(self) -> bool:
+        """Whether the site is something that the module is given, and not what it returns."""
+        return self.module is self.root and not isinstance(self.module, Handover)
+
+    @property
+    def runs_once(self) -> bool:
+        """Whether it runs once a call, outside of any denoising."""
+        return self.root_name not in DENOISERS
+
 
 def unwrapped(module: Any) -> Any:
     """The module inside what `torch.compile` returns."""
@@ -224,12 +232,16 @@ def unwrapped(module: Any) -> Any:
 def resolve(pipe: Any, site: Site) -> Place:
     """Where `site.path` is; raises `InputError` with the nearest real names if there is no such module."""
     if site.is_argument:
-        return _taker_of(pipe, site)
+        return _place_of_argument(pipe, site)
     component, _, rest = site.path.partition(".")
-    steerable = [image_maker_of(pipe)[0], *(n for n in TEXT_ENCODERS if isinstance(getattr(pipe, n, None), nn.Module))]
+    handed_over = [] if pipe._steering.handover is None else list(ARGUMENTS)
+    maker = [] if handed_over and not hasattr(pipe, "unet") else [image_maker_of(pipe)[0]]
+    steerable = [*maker, *(n for n in TEXT_ENCODERS if isinstance(getattr(pipe, n, None), nn.Module))]
     if component not in steerable:
         raise InputError(
-            f"{site.path!r} is not a site of {type(pipe).__name__}; a path starts with {' or '.join(steerable)}."
+            f"{site.path!r} is not a site of {type(pipe).__name__}; a path starts with {' or '.join(steerable)}"
+            + "".join(f", or is {name}" for name in handed_over)
+            + "."
         )
     root = unwrapped(getattr(pipe, component))
     modules = dict(root.named_modules())
@@ -249,13 +261,15 @@ def resolve(pipe: Any, site: Site) -> Place:
     return Place(component, root, modules[rest])
 
 
-def _taker_of(pipe: Any, site: Site) -> Place:
-    """The denoiser, if it is given what the site names."""
-    name, module = image_maker_of(pipe)
-    root = unwrapped(module)
-    config = getattr(root, "config", {})
-    if config.get("addition_embed_type") != "image" and config.get("encoder_hid_dim_type") != "image_proj":
-        raise InputError(f"The {name} of {type(pipe).__name__} is given no {site.path}; choose a block in it.")
+def _place_of_argument(pipe: Any, site: Site) -> Place:
+    """Where it is handed over, or the denoiser, if it is given what the site names."""
+    name, root = "handover", pipe._steering.handover
+    if root is None:
+        name, module = image_maker_of(pipe)
+        root = unwrapped(module)
+        config = getattr(root, "config", {})
+        if config.get("addition_embed_type") != "image" and config.get("encoder_hid_dim_type") != "image_proj":
+            raise InputError(f"The {name} of {type(pipe).__name__} is given no {site.path}; choose a block in it.")
     if (site.kind, site.stream, site.layout) != ("output", "image", "positions"):
         raise InputError(f"{site.path} has no kinds, streams or layouts; pass site={site.path!r} alone.")
     return Place(name, root, root)
@@ -278,7 +292,9 @@ def row_width_of(place: Place, site: Site) -> int | None:
 
 def width_of(place: Place) -> int | None:
     """Channels of a block's output where the block, or the model for all of its blocks, tells them, else `None`."""
-    if place.module is place.root:
+    if isinstance(place.module, Handover):
+        return place.module.width
+    if place.is_argument:
         return getattr(place.root, "config", {}).get("encoder_hid_dim")
     for block in (place.module, *(getattr(place.module, "resnets", None) or [])[-1:]):
         for name in ("out_channels", "dim", "out_dim", "embed_dim"):

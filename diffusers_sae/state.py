@@ -14,6 +14,7 @@ from torch import nn
 
 from .context import Context, DenoisingContext, context_of
 from .families import image_maker_of
+from .handover import Handover, handover_of
 from .hooks import ArgumentProcessor, CaptureHook, LoadedSAE, SAEProcessor, attach, nothing
 from .prepared import prepare
 from .rules import Decision, Rule
@@ -58,6 +59,7 @@ class SteeringState:
     def __init__(self, pipe: Any) -> None:
         self._pipe = weakref.ref(pipe)
         self._name = f"diffusers_sae_{next(_numbers)}"
+        self.handover = handover_of(pipe)
         self.loaded: dict[str, LoadedSAE] = {}
         self.armed = False
         self.first_image = 0
@@ -67,15 +69,15 @@ class SteeringState:
         self._decisions: dict[Rule | None, Decision] = {}
         self._prepared = False
 
-    def add(self, one: LoadedSAE, place: Place) -> None:
+    def add(self, one: LoadedSAE) -> None:
         """Hook an SAE to its module."""
-        root = self._hold(place)
+        root = self._hold(one.place)
         one.context = root.context
-        key = place.module, one.site.is_argument
+        key = one.place.module, one.place.is_argument
         if key not in self._processors:
-            cls = ArgumentProcessor if one.site.is_argument else SAEProcessor
+            cls = ArgumentProcessor if one.place.is_argument else SAEProcessor
             processor = self._processors[key] = cls([], root.context, lambda: self.armed)
-            self._detach[processor] = attach(place, one.site, processor, self._name)
+            self._detach[processor] = attach(one.place, one.site, processor, self._name)
         self._processors[key].loaded.append(one)
         self.loaded[one.name] = one
 
@@ -129,7 +131,7 @@ class SteeringState:
             yield
         finally:
             self.armed = False
-            maker = self._roots.get(image_maker_of(pipe)[0])
+            maker = self._roots.get("handover" if self.handover else image_maker_of(pipe)[0])
             roots = [maker] if maker else self._roots.values()
             self.first_image += max((root.context.images for root in roots), default=0)
         self._warn_of_silence(pipe)
@@ -199,6 +201,8 @@ class SteeringState:
         root = self._roots.get(place.root_name)
         if root is None:
             root = Root(place.root_name, place.root, context_of(place.root_name))
+            if isinstance(place.root, Handover):
+                root.context.branches = place.root.branches
             self._roots[place.root_name] = root
             reader = _Reader(self, root.context, isinstance(root.context, DenoisingContext))
             # a native hook: one of the registry's is lost on the root under enable_model_cpu_offload

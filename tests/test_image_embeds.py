@@ -16,7 +16,7 @@ WIDTH = 32
 MODES = ["add", "set", "scale", "cap", "ablate"]
 
 
-@pytest.fixture(params=["Kandinsky 2.2", "Kandinsky 2.2 img2img"])
+@pytest.fixture(params=["Kandinsky 2.2", "Kandinsky 2.2 img2img", "Kandinsky 2.2 combined"])
 def kandinsky(request):
     return Harness(request.param)
 

@@ -19,11 +19,14 @@ from diffusers import (
     FluxImg2ImgPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
+    KandinskyV22CombinedPipeline,
     KandinskyV22Img2ImgPipeline,
     KandinskyV22Pipeline,
+    KandinskyV22PriorPipeline,
     LCMScheduler,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    PriorTransformer,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SanaPipeline,
@@ -40,18 +43,24 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
+    StableUnCLIPImg2ImgPipeline,
+    UnCLIPScheduler,
     UNet2DConditionModel,
     VQModel,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
 from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
+    CLIPImageProcessor,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
     Gemma2Config,
     Gemma2Model,
     T5Config,
@@ -194,6 +203,55 @@ def kandinsky(cls: type = KandinskyV22Pipeline):
         vq_embed_dim=4,
     )
     return cls(unet=unet.eval(), scheduler=DDIMScheduler(clip_sample=False), movq=movq.eval())
+
+
+def tiny_vision() -> CLIPVisionModelWithProjection:
+    config = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=24, projection_dim=32, num_hidden_layers=2, num_attention_heads=2,
+        image_size=16, patch_size=8,
+    )  # fmt: skip
+    return CLIPVisionModelWithProjection(config).eval()
+
+
+def tiny_reader() -> CLIPImageProcessor:
+    return CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+
+
+def kandinsky_prior():
+    tokenizer = tiny_tokenizer()
+    prior = PriorTransformer(
+        num_attention_heads=2, attention_head_dim=8, num_layers=1, embedding_dim=32, num_embeddings=TOKENS,
+        embedding_proj_dim=16, encoder_hid_proj_type=None,
+    )  # fmt: skip
+    torch.nn.init.normal_(prior.clip_std)
+    return KandinskyV22PriorPipeline(
+        prior=prior.eval(),
+        image_encoder=tiny_vision(),
+        text_encoder=tiny_clip(tokenizer, CLIPTextModelWithProjection),
+        tokenizer=tokenizer,
+        scheduler=UnCLIPScheduler(prediction_type="sample", variance_type="fixed_small_log"),
+        image_processor=tiny_reader(),
+    )
+
+
+def kandinsky_combined():
+    prior = {f"prior_{name}": part for name, part in kandinsky_prior().components.items()}
+    return KandinskyV22CombinedPipeline(**kandinsky().components, **prior)
+
+
+def unclip():
+    tokenizer = tiny_tokenizer()
+    return StableUnCLIPImg2ImgPipeline(
+        feature_extractor=tiny_reader(),
+        image_encoder=tiny_vision(),
+        image_normalizer=StableUnCLIPImageNormalizer(embedding_dim=32),
+        image_noising_scheduler=ddim(),
+        tokenizer=tokenizer,
+        text_encoder=tiny_clip(tokenizer),
+        unet=tiny_unet(class_embed_type="projection", projection_class_embeddings_input_dim=64),
+        scheduler=ddim(),
+        vae=tiny_vae(),
+    )
 
 
 def sd3(cls: type = StableDiffusion3Pipeline, **extra):
@@ -473,6 +531,13 @@ PIPELINES: dict[str, Tiny] = {
         {"image": picture(), "strength": 0.7, "guidance_scale": 5.0},
     ),
     "Kandinsky 2.2": Tiny(kandinsky, {"height": 64, "width": 64, "guidance_scale": 4.0}, MAP, 64),
+    "Kandinsky 2.2 combined": Tiny(
+        kandinsky_combined,
+        {"height": 64, "width": 64, "guidance_scale": 4.0, "prior_num_inference_steps": 2},
+        MAP,
+        64,
+    ),
+    "Stable unCLIP img2img": Tiny(unclip, {**SQUARE, "image": picture(), "noise_level": 3}),
     "Kandinsky 2.2 img2img": Tiny(
         partial(kandinsky, KandinskyV22Img2ImgPipeline),
         {"height": 64, "width": 64, "guidance_scale": 4.0, "image": picture(64), "strength": 0.7},

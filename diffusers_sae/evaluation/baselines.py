@@ -41,6 +41,7 @@ class WithErrorTerm(LoadedSAE):
 
 def load_with_error_term(pipe: Any, sae: SparseAutoencoder, site: str, adapter_name: str, error_term: str) -> None:
     """`load_sae`, with one of `ERROR_TERMS`."""
-    place = Site.of(site)
-    one = WithErrorTerm(adapter_name, sae.eval().requires_grad_(False), place, weight=ERROR_TERMS[error_term])
-    pipe._steering.add(one, resolve(pipe, place))
+    where = Site.of(site)
+    place = resolve(pipe, where)
+    sae = sae.eval().requires_grad_(False)
+    pipe._steering.add(WithErrorTerm(adapter_name, sae, where, place, weight=ERROR_TERMS[error_term]))

@@ -11,7 +11,7 @@ import torch
 
 from ..context import Context
 from ..errors import InputError
-from ..families import DENOISERS, image_maker_of
+from ..families import DENOISERS
 from ..hooks import CaptureHook
 from ..saes import SparseAutoencoder
 from ..sites import BLOCK_STREAMS, KINDS, LAYOUTS, STREAMS, Place, Site, resolve, row_width_of
@@ -104,7 +104,7 @@ def check_sae(pipe: Any, sae: SparseAutoencoder, site: Site, prompt: Any = None,
         (resolve(pipe, each), CaptureHook(each, meter.take, lambda: state.armed)) for each, meter in meters.items()
     ]
     arguments = call if prompt is None else {"prompt": prompt, **call}
-    if image_maker_of(pipe)[0] in DENOISERS:
+    if any(hasattr(pipe, name) for name in DENOISERS):
         arguments = {"output_type": "latent", **arguments}
     try:
         with _resting(pipe), state.attached(hooks):

@@ -1,0 +1,95 @@
+"""emoji-kandinsky: emoji-sd's U-Net and autoencoder as a Kandinsky 2.2 decoder of emoji-clip's image embeddings, and a
+small prior that makes such embeddings from prompts.
+
+Only what reads the embedding was trained; the rest is emoji-sd's, bit for bit, so that little has to be shipped.
+"""
+
+from __future__ import annotations
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    KandinskyV22Pipeline,
+    PriorTransformer,
+    UNet2DConditionModel,
+    VQModel,
+)
+from transformers import CLIPTextModelWithProjection
+
+READS_THE_EMBEDDING = ("encoder_hid_proj.", "add_embedding.", ".attn2.")
+"""Parts of the names of the decoder's tensors that were trained."""
+
+
+def new_decoder(unet: UNet2DConditionModel, width: int) -> UNet2DConditionModel:
+    """`unet` as a decoder of image embeddings `(B, width)`.
+
+    Kandinsky's decoders predict a variance too: those channels are there, and 0. What reads the embedding is new.
+    """
+    config = {
+        **unet.config,
+        "out_channels": 2 * unet.config.out_channels,
+        "encoder_hid_dim": width,
+        "encoder_hid_dim_type": "image_proj",
+        "addition_embed_type": "image",
+    }
+    decoder = UNet2DConditionModel.from_config(config)
+    state = unet.state_dict()
+    for name in ("conv_out.weight", "conv_out.bias"):
+        state[name] = torch.cat([state[name], torch.zeros_like(state[name])])
+    added = decoder.load_state_dict(state, strict=False).missing_keys
+    assert all(name.startswith(READS_THE_EMBEDDING) for name in added), added
+    torch.nn.init.zeros_(decoder.add_embedding.image_norm.weight)
+    return decoder
+
+
+def reads_the_embedding(name: str) -> bool:
+    """Whether a tensor of the decoder has been trained."""
+    return any(part in name for part in READS_THE_EMBEDDING)
+
+
+def movq_of(vae: AutoencoderKL) -> VQModel:
+    """The autoencoder as Kandinsky's: the same function, with the scaling factor in it and a codebook that is not used.
+
+    Kandinsky's pipelines decode with `force_not_quantize=True`.
+    """
+    config = vae.config
+    same = ("down_block_types", "up_block_types", "block_out_channels", "layers_per_block", "latent_channels",
+            "norm_num_groups", "sample_size", "mid_block_add_attention", "act_fn")  # fmt: skip
+    movq = VQModel(**{name: config[name] for name in same}, num_vq_embeddings=2)
+    c, factor = config.latent_channels, config.scaling_factor
+    state = vae.state_dict()
+    # the rows of quant_conv that give the mean take what conv_out gives, so that one convolution can do both
+    mean = state["quant_conv.weight"][:c, :, 0, 0]
+    for name in ("encoder.conv_out.weight", "encoder.conv_out.bias"):
+        state[name] = torch.tensordot(mean, state[name], 1)
+    state["quant_conv.weight"] = factor * torch.eye(c)[:, :, None, None]
+    state["quant_conv.bias"] = factor * state["quant_conv.bias"][:c]
+    state["post_quant_conv.weight"] = state["post_quant_conv.weight"] / factor
+    state["quantize.embedding.weight"] = movq.quantize.embedding.weight
+    movq.load_state_dict(state)
+    return movq
+
+
+def new_prior(text: CLIPTextModelWithProjection, embeds: torch.Tensor) -> PriorTransformer:
+    """A small prior for what this text tower reads, which scales to the embeddings `(N, d)` that it will predict."""
+    heads = 4
+    prior = PriorTransformer(
+        num_attention_heads=heads,
+        attention_head_dim=text.config.hidden_size // heads,  # the text's states are taken as they are
+        num_layers=2,
+        embedding_dim=embeds.shape[1],
+        num_embeddings=text.config.max_position_embeddings,
+        encoder_hid_proj_type=None,
+    )
+    for parameter, value in ((prior.clip_mean, embeds.mean(0)), (prior.clip_std, embeds.std(0))):
+        parameter.data.copy_(value[None])
+        parameter.requires_grad_(False)
+    return prior
+
+
+def pipeline(unet: UNet2DConditionModel, scheduler: DDIMScheduler, movq: VQModel) -> KandinskyV22Pipeline:
+    """The decoder, stock."""
+    pipe = KandinskyV22Pipeline(unet=unet, scheduler=scheduler, movq=movq)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
