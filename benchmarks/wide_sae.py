@@ -11,12 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +62,9 @@ def train(folder: Path, optimizer: str) -> dict[str, Any]:
     peaks["parameters"] = peak()
     seconds, figures = [], []
     for rows in batches:
-        start = time.perf_counter()
+        start = time.process_time()
         figures.append(trainer.step(rows))
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
         peaks["step without AuxK" if figures[-1]["aux"] == 0 else "step with AuxK"] = peak()
     write_checkpoint(folder / "checkpoint.pt", trainer.state_dict())
     peaks["checkpoint"] = peak()
@@ -80,7 +80,7 @@ def train(folder: Path, optimizer: str) -> dict[str, Any]:
     return {
         "optimizer": optimizer,
         "steps": figures,
-        "seconds_a_step": {"first": seconds[0], "median": statistics.median(seconds[1:])},
+        "processor_seconds_of_steps": seconds,
         "peak_gib_so_far": peaks,
         "peak_gib": peak(),
     }
@@ -158,19 +158,22 @@ def steer(folder: Path, _: str) -> dict[str, Any]:
     timed("load_sae", lambda: pipe.load_sae(folder / "sae"))
     for mode in ("add", "set"):
         pipe.reset_steering()
+        if mode == "set":  # others than those that are 0 as it is
+            active = load_sae(folder / "sae")
+            active.fetch()
+            features |= dict.fromkeys(active.encode_sparse(rows[0]).indices.tolist(), 0.5)
+            del active
         pipe.steer(features, mode=mode)
         found, images = timed(f"steer, {mode}", embedded)
         moved[mode] = float((images - bare).abs().mean())
         sae = load_sae(folder / "sae")
-        torch.testing.assert_close(
-            timed(f"turned, {mode}", lambda sae=sae, mode=mode: turned(sae, rows[0], features, mode)), found
-        )
-        timed(f"turned 64 rows, {mode}", lambda sae=sae, mode=mode: turned(sae, rows, features, mode))
-    timed("transferred 64 rows, all features", lambda: transferred(sae, rows, rows.flip(0)))
-    timed("transferred 64 rows, some features", lambda: transferred(sae, rows, rows.flip(0), list(features)))
+        torch.testing.assert_close(timed(f"turned, {mode}", partial(turned, sae, rows[0], features, mode)), found)
+        timed(f"turned 64 rows, {mode}", partial(turned, sae, rows, features, mode))
+    timed("transferred 64 rows, all features", partial(transferred, sae, rows, rows.flip(0)))
+    timed("transferred 64 rows, some features", partial(transferred, sae, rows, rows.flip(0), list(features)))
     assert min(moved.values()) > 0
     return {
-        "features": TURNED,
+        "features": len(features),
         "seconds": seconds,
         "mean_change_of_the_image": moved,
         "peak_gib_so_far": peaks,
@@ -188,8 +191,8 @@ def in_process(name: str, folder: Path, optimizer: str) -> dict[str, Any]:
     return json.loads(told.splitlines()[-1])
 
 
-def memory(steps: int, optimizers: list[str]) -> dict[str, Any]:
-    """(a)."""
+def memory(steps: int, optimizers: list[str]) -> Iterator[dict[str, Any]]:
+    """(a), as far as it is known, after every optimizer."""
     task = {"width": WIDTH, "latents": LATENTS, "k": K, "rows_a_step": ROWS, "steps": steps}
     found: dict[str, Any] = {"task": task, "parameters_gib": 2 * 4 * WIDTH * LATENTS / 2**30}
     with tempfile.TemporaryDirectory() as name:
@@ -200,7 +203,7 @@ def memory(steps: int, optimizers: list[str]) -> dict[str, Any]:
             found[optimizer] = {part: in_process(part, folder, optimizer) for part in ("train", "resume")}
             if "steer" not in found:
                 found["steer"] = in_process("steer", folder, optimizer)
-    return found
+            yield found
 
 
 def stored(folder: Path) -> ActivationStore:
@@ -242,8 +245,8 @@ def activations(store: ActivationStore) -> tuple[Iterator[torch.Tensor], torch.T
     return store.part(stop=-2).batches(SMALL["rows"], epochs=1000), next(held_out.batches(len(held_out)))
 
 
-def quality(optimizers: list[str]) -> dict[str, Any]:
-    """(b)."""
+def quality(optimizers: list[str]) -> Iterator[dict[str, Any]]:
+    """(b), as far as it is known, after every optimizer on every kind of rows."""
     found: dict[str, Any] = {"task": SMALL}
     with tempfile.TemporaryDirectory() as folder:
         store = stored(Path(folder))
@@ -255,7 +258,7 @@ def quality(optimizers: list[str]) -> dict[str, Any]:
                 best = min(by_rate, key=lambda lr, by_rate=by_rate: by_rate[lr]["fvu"])
                 found[name][optimizer] = {**by_rate, "best": {"lr": float(best), **by_rate[best]}}
                 print(name, optimizer, json.dumps(found[name][optimizer]), flush=True)
-    return found
+                yield found
 
 
 def main() -> None:
@@ -274,8 +277,9 @@ def main() -> None:
     figures = json.loads(args.out.read_text()) if args.out.exists() else {}
     figures["machine"] = machine()
     for part in args.parts.split(","):
-        figures[part] = memory(args.steps, args.optimizers) if part == "memory" else quality(args.optimizers)
-        args.out.write_text(json.dumps(figures, indent=1) + "\n")
+        for found in memory(args.steps, args.optimizers) if part == "memory" else quality(args.optimizers):
+            figures[part] = found
+            args.out.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":
