@@ -36,7 +36,7 @@ from diffusers_sae.training.trainer import read_checkpoint, write_checkpoint
 
 WIDTH, LATENTS, K, ROWS = 1280, 163_840, 32, 2048
 FEATURES, TURNED = 16_384, 300
-RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+RATES = (1e-3, 2e-3, 4e-3, 8e-3, 16e-3)
 SMALL = {"latents": 2048, "k": 16, "rows": 1024, "steps": 400}
 
 
