@@ -28,7 +28,8 @@ def train(
     sparsity: Annotated[float, typer.Option(help="Weight of the penalty: relu, jumprelu, gated.")] = 1.0,
     steps: Annotated[int, typer.Option(help="Optimiser steps, without a scale.")] = 5000,
     rows: Annotated[int, typer.Option(help="Rows a step, without a scale.")] = 2048,
-    lr: Annotated[float, typer.Option(help="Peak rate of Adam.")] = 4e-3,
+    lr: Annotated[float, typer.Option(help="Peak rate.")] = 4e-3,
+    optimizer: Annotated[str, typer.Option(help="adam; adafactor takes less memory.")] = "adam",
     ema: Annotated[float | None, typer.Option(help="Average the weights, keeping this much a step.")] = None,
     dead_after: Annotated[int, typer.Option(help="Rows without firing after which a latent is dead.")] = 100_000,
     resample_every: Annotated[int | None, typer.Option(help="Steps between resamplings of dead latents.")] = None,
@@ -52,6 +53,16 @@ def train(
         raise InputError(f"{kind!r} is not a kind of SAE; choose from {', '.join(kinds)}.")
     if latents is None and scale is None:
         raise InputError("Neither latents nor a scale is given; pass --latents 5120, or --scale 1m.")
+    settings = TrainingConfig(
+        steps,
+        rows,
+        lr=lr,
+        dead_after=dead_after,
+        sparsity=sparsity,
+        ema=ema,
+        resample_every=resample_every,
+        optimizer=optimizer,
+    )
     activations = ActivationStore(store)
     shards = len(activations.shard_rows)
     if not 0 < held_out < shards:
@@ -67,9 +78,6 @@ def train(
         "branch": ", ".join(manifest["config"]["branches"]),
         "training_images": sum(shard["images"] for shard in manifest["shards"][:-held_out]),
     }
-    settings = TrainingConfig(
-        steps, rows, lr=lr, dead_after=dead_after, sparsity=sparsity, ema=ema, resample_every=resample_every
-    )
     accelerator = Accelerator(log_with=tracker, project_dir=out / "training" / "tracker" if tracker else None)
     seen = activations.part(stop=-held_out)
     if accelerator.is_main_process:

@@ -12,6 +12,9 @@ import torch
 from ..errors import InputError
 from ..saes import ARCHITECTURES, SparseAutoencoder
 
+AT_ONCE = 2**22
+"""Numbers that are looked at together, as looking at them takes more memory than they do."""
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -103,7 +106,7 @@ def build(kind: str, arguments: Mapping[str, Any], tensors: Mapping[str, torch.T
     sae = _described(kind, arguments, shapes, origin)
     own = {name: tensors[name].detach().float() for name in sae.state_dict()}
     for tensor in own.values():
-        if not tensor.is_meta and not torch.isfinite(tensor).all():
+        if not tensor.is_meta and not all(part.isfinite().all() for part in tensor.flatten().split(AT_ONCE)):
             raise InputError(f"{origin} has weights that are not finite; fetch or train the SAE again.")
     sae.load_state_dict(own, assign=True)
     return sae

@@ -16,7 +16,7 @@ from ..checksums import write_checksums
 from ..errors import InputError
 from .card import FIGURES, LABELS, write_card
 from .normalization import NORMS, checked_norm
-from .ops import sparse_decode
+from .ops import even, sampled_linear, sparse_decode
 
 if TYPE_CHECKING:
     from .statistics import LatentStatistics
@@ -156,6 +156,11 @@ class SparseAutoencoder(ModelMixin, ConfigMixin):
     def pre_activations(self, x: torch.Tensor, latents: torch.Tensor | slice = ALL) -> torch.Tensor:
         """`W_enc (x - b_dec) + b_enc` of some latents, or of all: `(..., d)` -> `(..., m)`, in fp32."""
         return nn.functional.linear(self.normalized(x) - self.b_dec, self.W_enc[latents], self.b_enc[latents])
+
+    def pre_activations_at(self, x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        """Those of each row's own latents, `indices (N, m)`: `(N, d)` -> `(N, m)`, in fp32."""
+        centred = self.normalized(x) - self.b_dec
+        return sampled_linear(centred, self.W_enc, self.b_enc, indices.flatten(), even(indices)).view_as(indices)
 
     def encode_sparse(self, x: torch.Tensor) -> SparseCode:
         """The active latents of each row of `x (..., d)`."""

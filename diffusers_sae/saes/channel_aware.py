@@ -107,6 +107,10 @@ class ChannelAwareSAE(SparseAutoencoder):
         """`W_enc (x - b_dec) + W_index ζ(c, i) + b_enc`: `(..., d)` -> `(..., m)`, in fp32."""
         return super().pre_activations(x, latents) + self.index(x) @ self.W_index[latents].T
 
+    def pre_activations_at(self, x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        by_index = self.index(x)[:, None, :] * self.W_index[indices]  # (N, m, 2)
+        return super().pre_activations_at(x, indices) + by_index.sum(-1)
+
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         z = self.pre_activations(x).relu()
         if self.k is None:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+HELD = 2**26
+"""Pre-activations that are held at a time: 256 MiB."""
 GROUP = 16
 """Pre-activations that are looked at through their largest, in the search of the k largest."""
 FEW = 4096
@@ -34,21 +36,22 @@ def topk_encode(
     """Values and indices, both `(N, k)`, of the k largest of `ReLU(W_enc (x - b_dec) + b_enc)`, for `x (N, d)`;
     without the ReLU if not `relu`.
 
-    The dense pre-activations `(N, n)` are not kept for the backward pass. A `rough` search has a product in bfloat16
+    The dense pre-activations `(N, n)` are not kept for the backward pass, and made for a few rows at a time if they are
+    more than `HELD`. A `rough` search has a product in bfloat16
     name `SPARE` k candidates, whose values are then taken in full precision: it may miss a latent that is nearly as
     large as the k-th, and no more.
     """
     centred = x - b_dec
     with torch.no_grad():
         if rough and SPARE * k < len(W_enc):
-            near = torch.addmm(b_enc.bfloat16(), centred.bfloat16(), W_enc.bfloat16().T)
-            candidates = largest(near, SPARE * k)[1]
-            exact = _sampled(centred, W_enc, b_enc, candidates.flatten(), _even(candidates)).view_as(candidates)
+            W, b = W_enc.bfloat16(), b_enc.bfloat16()
+            candidates = _largest_products(centred.bfloat16(), W, b, SPARE * k)[1]
+            exact = _sampled(centred, W_enc, b_enc, candidates.flatten(), even(candidates)).view_as(candidates)
             values, places = exact.topk(k, dim=-1, sorted=False)
             indices = candidates.gather(1, places)
         else:
-            values, indices = largest(torch.addmm(b_enc, centred, W_enc.T), k)
-    found = sampled_linear(centred, W_enc, b_enc, indices.flatten(), _even(indices), values.flatten())
+            values, indices = _largest_products(centred, W_enc, b_enc, k)
+    found = sampled_linear(centred, W_enc, b_enc, indices.flatten(), even(indices), values.flatten())
     found = found.view_as(indices)
     return (found.relu() if relu else found), indices
 
@@ -57,7 +60,7 @@ def sparse_decode(
     values: torch.Tensor, indices: torch.Tensor, W_dec: torch.Tensor, b_dec: torch.Tensor
 ) -> torch.Tensor:
     """`Σ_i values_i W_dec[indices_i] + b_dec`, `(N, d)`, for codes `(N, k)`."""
-    return ragged_decode(values.flatten(), indices.flatten(), _even(indices), W_dec) + b_dec
+    return ragged_decode(values.flatten(), indices.flatten(), even(indices), W_dec) + b_dec
 
 
 def ragged_decode(
@@ -80,6 +83,17 @@ def sampled_linear(
     `values`: those entries, if they are known already.
     """
     return _SampledLinear.apply(x, W, b, indices, offsets, values)
+
+
+def _largest_products(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`largest` of `x Wᵀ + b`."""
+    found = [largest(torch.addmm(b, rows, W.T), k) for rows in x.split(at_once(len(W)))]
+    return torch.cat([values for values, _ in found]), torch.cat([indices for _, indices in found])
+
+
+def at_once(numbers: int) -> int:
+    """How many rows of so many numbers are no more than `HELD`, or 1."""
+    return max(1, HELD // numbers)
 
 
 def largest(pre: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -136,7 +150,7 @@ def starts(numbers: torch.Tensor, bins: int) -> torch.Tensor:
     return found
 
 
-def _even(indices: torch.Tensor) -> torch.Tensor:
+def even(indices: torch.Tensor) -> torch.Tensor:
     """The offsets of rows that have as many entries each, for `indices (N, k)`."""
     k = indices.shape[1]
     return torch.arange(0, indices.numel() + 1, k, device=indices.device)

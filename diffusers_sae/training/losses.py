@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..saes import SparseAutoencoder
-from ..saes.ops import sparse_decode
+from ..saes.ops import at_once, largest, sparse_decode
 
 
 def fraction_of_variance_unexplained(
@@ -32,9 +32,21 @@ def aux_k_loss(
     k = min(k_aux, -(-int(dead.sum()) // 4))
     if k == 0:
         return x.new_zeros(())
-    latents = dead.nonzero().flatten()
-    pre = sae.pre_activations(x, latents)
-    values, chosen = pre.topk(k, dim=-1, sorted=False)
+    indices = _largest_of(sae, x, dead.nonzero().flatten(), k)
+    values = sae.pre_activations_at(x, indices)
     values = values + (values.relu() - values).detach()
-    model = sparse_decode(values, latents[chosen], sae.W_dec, torch.zeros_like(sae.b_dec))
+    model = sparse_decode(values, indices, sae.W_dec, torch.zeros_like(sae.b_dec))
     return (residual - model).square().sum() / residual.square().sum().clamp(min=1e-12)
+
+
+@torch.no_grad()
+def _largest_of(sae: SparseAutoencoder, x: torch.Tensor, latents: torch.Tensor, k: int) -> torch.Tensor:
+    """Which of `latents` have each row's k largest pre-activations, `(N, k)`; neither those nor copies of the encoder's
+    rows ever exceed `ops.HELD` numbers."""
+    values, indices = x.new_empty(len(x), 0), latents.new_empty(len(x), 0)
+    for some in latents.split(at_once(max(x.shape))):
+        found, chosen = largest(sae.pre_activations(x, some), min(k, len(some)))
+        values, indices = torch.cat([values, found], 1), torch.cat([indices, some[chosen]], 1)
+        values, best = values.topk(min(k, values.shape[1]), dim=-1, sorted=False)
+        indices = indices.gather(1, best)
+    return indices

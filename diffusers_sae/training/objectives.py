@@ -20,7 +20,7 @@ from ..saes import (
     SparseAutoencoder,
     TopKSAE,
 )
-from ..saes.ops import largest_of_all, ragged_decode, sampled_linear, starts
+from ..saes.ops import at_once, largest_of_all, ragged_decode, sampled_linear, starts
 from .losses import fraction_of_variance_unexplained as fvu_of
 
 THRESHOLD_MEMORY = 0.99
@@ -74,12 +74,23 @@ def _topk(sae: TopKSAE, x: torch.Tensor, weights: torch.Tensor | None, *_: Any) 
 
 def _batch_topk_code(sae: BatchTopKSAE, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The k N largest codes of the batch (equation 5): values, indices and offsets, as in `saes.ops`."""
-    with torch.no_grad():
-        pre = sae.pre_activations(x)
-        values, indices, offsets = largest_of_all(pre, sae.k * len(x))
-        del pre
+    values, indices, offsets = _largest_codes(sae, x)
     known = sampled_linear(x - sae.b_dec, sae.W_enc, sae.b_enc, indices, offsets, values)
     return known.relu(), indices, offsets
+
+
+@torch.no_grad()
+def _largest_codes(sae: BatchTopKSAE, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Values, indices and offsets of the k N largest pre-activations, which are made for a few rows at a time."""
+    count, found = sae.k * len(x), []
+    for rows in x.split(at_once(sae.n_latents)):
+        found.append(largest_of_all(sae.pre_activations(rows), min(count, len(rows) * sae.n_latents)))
+    if len(found) == 1:
+        return found[0]
+    values, indices = torch.cat([each[0] for each in found]), torch.cat([each[1] for each in found])
+    entries = torch.repeat_interleave(torch.cat([offsets.diff() for _, _, offsets in found]))  # each one's row
+    chosen = values.topk(count, sorted=False).indices.sort().values
+    return values[chosen], indices[chosen], starts(entries[chosen], len(x))
 
 
 def _next_threshold(sae: BatchTopKSAE, values: torch.Tensor) -> torch.Tensor:

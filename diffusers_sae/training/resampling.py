@@ -38,6 +38,12 @@ def resample(
         if name in ("b_enc", "b_mag", "r_mag"):
             parameter[latents] = 0.0
         if len(parameter) == len(dead):  # all but the decoder's bias
-            for moment in ("exp_avg", "exp_avg_sq"):
-                if moment in optimizer.state[parameter]:
-                    optimizer.state[parameter][moment][latents] = 0.0
+            _forget(optimizer.state[parameter], dead)
+
+
+def _forget(state: dict[str, torch.Tensor], dead: torch.Tensor) -> None:
+    """Let the moments of `dead (n,)` begin anew: Adam's at 0, and Adafactor's at the mean of the others, since a latent
+    without any would make a far longer step than these."""
+    for name, moment in state.items():
+        if moment.ndim and len(moment) == len(dead):
+            moment[dead] = 0.0 if name.startswith("exp_avg") or dead.all() else moment[~dead].mean(0)

@@ -17,6 +17,7 @@ from ..machine import keep_freed_memory
 from ..saes import JumpReLUSAE, SparseAutoencoder
 from .losses import aux_k_loss
 from .objectives import objective
+from .optimizers import OPTIMIZERS
 from .resampling import resample
 
 CHECKPOINT = "checkpoint.pt"
@@ -29,7 +30,7 @@ class TrainingConfig:
     Args:
         steps: optimiser steps of the whole run, which the schedule of the rate follows.
         batch_size: rows a step.
-        lr: peak rate of Adam, for rows whose mean square distance from the centre is scaled to `d`.
+        lr: peak rate, for rows whose mean square distance from the centre is scaled to `d`.
         warmup, decay: shares of the run for the linear rise and the linear fall of the rate.
         k_aux, aux_weight, dead_after: AuxK: latents that model the residual, weight of that loss, and the rows without
             firing after which a latent counts as dead.
@@ -40,6 +41,10 @@ class TrainingConfig:
         clip: largest norm of the gradient.
         resample_every: steps after which dead latents begin anew, in the first half of the run; never by default.
         ema: how much of the average of the weights a step keeps; if given, the trained SAE has that average.
+        optimizer: `adam`, or `adafactor`, which keeps next to nothing beside weights and gradients.
+
+    Raises:
+        InputError: if there is no such optimizer.
     """
 
     steps: int
@@ -57,6 +62,11 @@ class TrainingConfig:
     clip: float = 1.0
     resample_every: int | None = None
     ema: float | None = None
+    optimizer: str = "adam"
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in OPTIMIZERS:
+            raise InputError(f"{self.optimizer!r} is not an optimizer; choose from {', '.join(OPTIMIZERS)}.")
 
 
 def geometric_median(x: torch.Tensor, iterations: int = 100, tolerance: float = 1e-6) -> torch.Tensor:
@@ -104,7 +114,7 @@ class SAETrainer:
         self.sae, self.config = sae, config
         self.scale = 1.0 if sample is None else self._centre_and_scale(sample, trained)
         sae.to(self.device)
-        self.optimizer = torch.optim.Adam(sae.parameters(), lr=config.lr, betas=(0.9, 0.999), fused=True)
+        self.optimizer = OPTIMIZERS[config.optimizer](sae.parameters(), config.lr)
         self.step_count = 0
         self.rows_since_fired = torch.zeros(sae.n_latents, dtype=torch.long, device=self.device)
         self.average = EMAModel(sae.parameters(), decay=config.ema, use_ema_warmup=True) if config.ema else None

@@ -88,6 +88,10 @@ def test_from_a_pipeline_to_an_sae_that_steers_it(monkeypatch, capsys, folder, k
         (("train", "nowhere", "--out", "sae"), "Neither latents nor a scale is given; pass --latents 5120, or --scale"),
         (("train", "nowhere", "--out", "sae", "--latents", "8", "--kind", "magic"), "'magic' is not a kind of SAE"),
         (
+            ("train", "store", "--out", "sae", "--latents", "8", "--optimizer", "magic"),
+            "'magic' is not an optimizer; choose from adam, adafactor",
+        ),
+        (
             ("capture", "model", "prompts.txt", "--out", "store", "--site", "unet", "--call", "{"),
             "call='{' is no JSON",
         ),

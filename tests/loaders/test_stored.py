@@ -7,7 +7,7 @@ import torch
 from conftest import random_sae
 from safetensors.torch import load_file, save_file
 
-from diffusers_sae import InputError
+from diffusers_sae import InputError, load_sae
 from diffusers_sae.loaders.stored import stored_tensors
 
 
@@ -71,3 +71,16 @@ def test_rows_that_are_not_finite_stop_the_call(sd, tmp_path, monkeypatch):
         sd.run()
     sd.pipe.reset_steering()
     assert torch.equal(sd.run(), bare)
+
+
+@pytest.mark.parametrize("place", [(0, 0), (-1, -1)])
+def test_every_weight_is_looked_at(tmp_path, monkeypatch, place):
+    monkeypatch.setattr("diffusers_sae.loaders.weights.AT_ONCE", 5)
+    sae = random_sae()
+    sae.save_pretrained(tmp_path / "good")
+    assert torch.equal(load_sae(tmp_path / "good").W_enc, sae.W_enc)
+    with torch.no_grad():
+        sae.W_enc[place] = float("inf")
+    sae.save_pretrained(tmp_path / "bad")
+    with pytest.raises(InputError, match="weights that are not finite"):
+        load_sae(tmp_path / "bad")

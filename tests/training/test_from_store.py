@@ -38,17 +38,22 @@ def logged(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind[0] + "".join(f", {k}" for k in kind[1] if k == "tied"))
-def test_a_run_that_is_stopped_ends_with_the_same_bits(stored, tmp_path, steps_left, kind):
-    expected = trained(stored, tmp_path / "whole", kind).state_dict()
+@pytest.mark.parametrize(
+    ("kind", "optimizer"),
+    [(kind, "adam") for kind in KINDS] + [(("BatchTopKSAE", {"k": 4}), "adafactor"), (KINDS[-1], "adafactor")],
+    ids=str,
+)
+def test_a_run_that_is_stopped_ends_with_the_same_bits(stored, tmp_path, steps_left, kind, optimizer):
+    config = replace(CONFIG, optimizer=optimizer)
+    expected = trained(stored, tmp_path / "whole", kind, config).state_dict()
     log = logged(tmp_path / "whole")
     assert [entry["step"] for entry in log] == list(range(2, 25, 2)) and log[-1]["fvu"] < log[0]["fvu"]
     for moment in (4, 3, 9, 7):  # before the first checkpoint, and between others
         steps_left[:] = [moment]
         with pytest.raises(Stop):
-            trained(stored, tmp_path / "stopped", kind)
+            trained(stored, tmp_path / "stopped", kind, config)
     steps_left[:] = [0]
-    found = trained(stored, tmp_path / "stopped", kind).state_dict()
+    found = trained(stored, tmp_path / "stopped", kind, config).state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert logged(tmp_path / "stopped") == log
 
@@ -105,6 +110,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_state(stored, tmp_pa
     [
         ({"seed": 1}, "is of another store or seed; delete it to begin anew"),
         ({"config": replace(CONFIG, lr=1e-3)}, "was made with"),
+        ({"config": replace(CONFIG, optimizer="adafactor")}, "was made with"),
         ({"config": replace(CONFIG, batch_size=5000)}, "has 1152 rows, fewer than the 5000 of a step"),
     ],
 )

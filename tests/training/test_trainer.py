@@ -8,6 +8,7 @@ from diffusers_sae import InputError, TopKSAE
 from diffusers_sae.training import SAETrainer, TrainingConfig
 from diffusers_sae.training.losses import aux_k_loss, fraction_of_variance_unexplained
 from diffusers_sae.training.objectives import objective
+from diffusers_sae.training.optimizers import OPTIMIZERS
 from diffusers_sae.training.trainer import (
     geometric_median,
     read_checkpoint,
@@ -33,10 +34,11 @@ def trainer_for(sae, steps=300, **config):
     return SAETrainer(sae, TrainingConfig(steps=steps, batch_size=256, **{"dead_after": 2000, **config}), data), data
 
 
-def test_training_recovers_the_features_and_folds_the_scale():
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_training_recovers_the_features_and_folds_the_scale(optimizer):
     torch.manual_seed(0)
     sae = TopKSAE(32, 64, 3)
-    trainer, data = trainer_for(sae, steps=1500, lr=4e-3)
+    trainer, data = trainer_for(sae, steps=1500, lr=4e-3, optimizer=optimizer)
     for _ in range(1500):
         trainer.step(data[torch.randint(0, 4096, (256,))])
     trainer.finish()
@@ -97,14 +99,15 @@ def test_geometric_median_is_not_moved_by_outliers():
     assert geometric_median(x).norm() < 1 < x.mean(0).norm()
 
 
-def test_dead_latents_are_revived():
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_dead_latents_are_revived(optimizer):
     torch.manual_seed(0)
 
     def dead_share(weight):
         torch.manual_seed(0)
         sae = TopKSAE(32, 64, 3)
         sae.b_enc.data[32:] = -9.0  # half of them are negative on every row
-        trainer, data = trainer_for(sae, steps=600, aux_weight=weight, lr=4e-3)
+        trainer, data = trainer_for(sae, steps=600, aux_weight=weight, lr=4e-3, optimizer=optimizer)
         for _ in range(600):
             trainer.step(data[torch.randint(0, 4096, (256,))])
         trainer.finish()
@@ -113,15 +116,16 @@ def test_dead_latents_are_revived():
     assert dead_share(0.0) == 0.5 and dead_share(1 / 32) < 0.05
 
 
-def test_resumed_training_equals_uninterrupted(tmp_path):
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_resumed_training_equals_uninterrupted(tmp_path, optimizer):
     def run(interrupt):
         torch.manual_seed(0)
         sae = TopKSAE(32, 64, 3)
-        trainer, data = trainer_for(sae, steps=40)
+        trainer, data = trainer_for(sae, steps=40, optimizer=optimizer)
         for i in range(40):
             if interrupt and i == 17:
                 write_checkpoint(tmp_path / "checkpoint.pt", trainer.state_dict())
-                trainer, _ = trainer_for(TopKSAE(32, 64, 3), steps=40)
+                trainer, _ = trainer_for(TopKSAE(32, 64, 3), steps=40, optimizer=optimizer)
                 trainer.load_state_dict(read_checkpoint(tmp_path / "checkpoint.pt"))
             trainer.step(data[i * 64 : (i + 1) * 64])
         return trainer.finish()
