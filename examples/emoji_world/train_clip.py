@@ -1,8 +1,9 @@
 """Train emoji-clip, both towers and the tokenizer: `python train_clip.py`. Writes `emoji-clip` and the text side of
 `emoji-sd`.
 
-Contrastive training (Radford et al., 2021) of images against captions. `--freeze-text` goes on with the vision tower
-alone, once something else depends on the text tower.
+Contrastive training (Radford et al., 2021) of images against captions. `--freeze-text` then goes on with the vision
+tower alone, once something else depends on the text tower: images are drawn to the embeddings of their full captions,
+in which the factors add up far more nearly than in those of images, so that they can be edited one by one.
 """
 
 from __future__ import annotations
@@ -79,17 +80,24 @@ def main() -> None:
     def losses(step: int, rng: random.Random) -> Losses:
         scenes = [sample_scene(rng) for _ in range(args.batch)]
         pixels = to_tensor([canvas.render(s, rng) for s in scenes], args.device)
-        ids = tokenize(tokenizer, [sample_caption(s, rng) for s in scenes], args.device)
-        text = F.normalize(towers.text(ids).text_embeds.float(), dim=-1)  # (N, 128)
-        image = F.normalize(towers.vision(pixels).image_embeds.float(), dim=-1)  # (N, 128)
-        logits = towers.log_scale.exp().clamp(max=100) * image @ text.T
+        captions = [s.caption() if args.freeze_text else sample_caption(s, rng) for s in scenes]
+        read = towers.text(tokenize(tokenizer, captions, args.device)).text_embeds.float()  # (N, 128)
+        seen = towers.vision(pixels).image_embeds.float()  # (N, 128)
+        logits = towers.log_scale.exp().clamp(max=100) * F.normalize(seen, dim=-1) @ F.normalize(read, dim=-1).T
         target = torch.arange(args.batch, device=logits.device)
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-        return {"loss": loss, "top1": (logits.argmax(-1) == target).float().mean()}
+        parts = {"top1": (logits.argmax(-1) == target).float().mean()}
+        if args.freeze_text:
+            parts["fvu"] = (seen - read).square().sum() / (read - read.mean(0)).square().sum()
+            loss = loss + 2 * parts["fvu"]
+        return {"loss": loss, **{name: x.detach() for name, x in parts.items()}}
 
     if args.freeze_text:
-        saved = CLIPTextModelWithProjection.from_pretrained(args.world / "emoji-clip" / "text_encoder")
-        towers.text.load_state_dict(saved.state_dict())
+        for tower, cls, name in (
+            (towers.text, CLIPTextModelWithProjection, "text_encoder"),
+            (towers.vision, CLIPVisionModelWithProjection, "image_encoder"),
+        ):
+            tower.load_state_dict(cls.from_pretrained(args.world / "emoji-clip" / name).state_dict())
     fit(towers, losses, args, name="clip_vision" if args.freeze_text else "clip", every=50, weight_decay=0.05)
     clip = args.world / "emoji-clip"
     towers.vision.save_pretrained(clip / "image_encoder")
