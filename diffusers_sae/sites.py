@@ -18,7 +18,7 @@ STREAMS = ("image", "text")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
 ARGUMENTS = ("image_embeds",)
 """Sites that are no module's output: what the denoiser is given beside the noise, in `added_cond_kwargs`."""
-ALIASES = {"w": "generator.w"}
+ALIASES = {"w": "generator.w", "latent": "autoencoder.latent"}
 """Short names of paths."""
 
 
@@ -28,7 +28,8 @@ class Site:
 
     Args:
         path: pipe-relative, such as `unet.up_blocks.1.attentions.1`; or `w`, StyleGAN's w with its layers as rows;
-            or `image_embeds`, what a Kandinsky 2.2 decoder is given of an image, one row an image.
+            or `latent`, a vector-latent VAE's; or `image_embeds`, what a Kandinsky 2.2 decoder is given of an image,
+            both with one row an image.
         kind: `output`, `input`, or `update` (output minus input).
         stream: `image` or `text`, where a block returns both.
         layout: `positions`: each spatial place or token is a row; `channels`: each channel's map is a row; `vector`:
@@ -69,6 +70,11 @@ class Site:
     def is_argument(self) -> bool:
         """Whether it is something that the denoiser is given."""
         return self.path in ARGUMENTS
+
+    @property
+    def has_one_row(self) -> bool:
+        """Whether it has one row an image, so that nothing in it can be chosen."""
+        return self.is_argument or self.path == ALIASES["latent"]
 
     @property
     def runs_once(self) -> bool:
