@@ -76,6 +76,8 @@ def folder_images(folder: Path, count: int, held_out: int) -> Data:
     """The images in a folder, cut to squares; an eighth of them is held out, at most `held_out`."""
     files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp"))
     random.Random(SEED).shuffle(files)
+    if len(files) < 64:
+        raise SystemExit(f"{folder} holds {len(files)} images; pass a folder of 64 or more.")
     files = files[: count + held_out]
     images = [ImageOps.fit(Image.open(file).convert("RGB"), (SIZE, SIZE)) for file in files]
     return Data(_stacked(images), min(held_out, len(images) // 8))
@@ -167,8 +169,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--world", type=Path, default=Path("outputs/emoji_world"), help="folder of sprites.npz")
     parser.add_argument("--count", type=int, default=12_288, help="images to train on, at most")
     parser.add_argument("--held-out", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=1200, help="of the VAE, of 256 images each")
-    parser.add_argument("--sae-steps", type=int, default=4000, help="of each SAE, of 128 latents each")
+    parser.add_argument("--steps", type=int, default=800, help="of the VAE, of 256 images each")
+    parser.add_argument("--sae-steps", type=int, default=2500, help="of each SAE, of 128 latents each")
     parser.add_argument("--k", type=int, default=16, help="of the TopK SAE")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("vae-out"))
@@ -181,7 +183,7 @@ def parsed() -> argparse.Namespace:
 def main() -> None:
     args = parsed()
     args.out.mkdir(parents=True, exist_ok=True)
-    begin = time.perf_counter()
+    begin, busy = time.perf_counter(), time.process_time()
     seconds: dict[str, float] = {}
 
     def timed(name: str, since: float) -> None:
@@ -230,6 +232,7 @@ def main() -> None:
     told = measure_edits(pipe, saes, held, data.pixels(slice(-data.held_out, None)), looker, args.out)
     timed("edits", start)
     seconds["whole"] = round(time.perf_counter() - begin, 1)
+    seconds["whole, of processor"] = round(time.process_time() - busy, 1)
     figures = {
         "images": {"seen": len(seen), "held_out": len(held)}, "latent_dim": seen.shape[1],
         "vae_steps": args.steps, "sae_steps": args.sae_steps, "latent_deviation": float(seen.std(0).mean()),

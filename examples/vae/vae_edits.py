@@ -26,7 +26,7 @@ NAMED = 1 / 3
 ALPHAS = tuple(i / 8 for i in range(9))
 CARRIED = (1, 2, 4, 8, 16, 32, None)
 """How many features, those that differ most, are carried from the target to the source; `None`: all."""
-TOP, IMAGES, PAIRS = 10, 64, 64
+TOP, IMAGES, PAIRS = 10, 32, 64
 
 
 class Looker:
@@ -46,9 +46,9 @@ class Looker:
         seen = self.seen(images)
         return {f: float((seen[f] == self.labels[f][: len(images)]).double().mean()) for f in JUDGED}
 
-    def effect(self, before: torch.Tensor, after: torch.Tensor) -> dict[str, Any]:
-        """The value whose share of images rises most, by how much, and whether that is enough for a name."""
-        base, now = self.seen(before), self.seen(after)
+    def effect(self, base: Mapping[str, torch.Tensor], images: torch.Tensor) -> dict[str, Any]:
+        """The value whose share of images rises most over what was `seen`, by how much, and if that makes a name."""
+        now = self.seen(images)
         rises = {
             (f, value): float((now[f] == i).double().mean() - (base[f] == i).double().mean())
             for f in JUDGED
@@ -67,12 +67,12 @@ def effects(
     pipe: Any, looker: Looker, features: Sequence[int], adapter: str, latents: torch.Tensor, strength: float = 10.0
 ) -> dict[int, dict[str, Any]]:
     """What each feature does to images of `latents (N, d)` at plus and at minus `strength`."""
-    before, found = decoded(pipe, latents), {}
+    base, found = looker.seen(decoded(pipe, latents)), {}
     for j in features:
         found[j] = {}
         for sign in (strength, -strength):
             with pipe.steering({j: sign}, adapter_name=adapter):
-                found[j][f"{sign:+g}"] = looker.effect(before, decoded(pipe, latents))
+                found[j][f"{sign:+g}"] = looker.effect(base, decoded(pipe, latents))
     return found
 
 
@@ -233,10 +233,12 @@ def _opposite_row(pipe: Any, name: str, base: torch.Tensor, pairs: Sequence[Mapp
     images, captions = [], []
     for pair in pairs:
         first, second = pair["first"], pair["second"]
-        for features in ({}, {first: 10.0}, {second: 10.0}, {first: 10.0, second: 10.0}):
+        images += _signed(decoded(pipe, base))
+        captions.append(f"cosine {pair['cosine']:.2f}")
+        for features in ({first: 10.0}, {second: 10.0}, {first: 10.0, second: 10.0}):
             with pipe.steering(features, adapter_name=name):
                 images += _signed(decoded(pipe, base))
-            captions.append(" and ".join(f"+10 of {j}" for j in features) or f"cosine {pair['cosine']:.2f}")
+            captions.append(" and ".join(f"+10 of {j}" for j in features))
     return Row("pairs that undo each other", images, captions)
 
 
