@@ -223,7 +223,7 @@ def draw(pipe: Any, saes: Mapping[str, SparseAutoencoder], latents: torch.Tensor
         rows.append(Row(headline, _signed(decoded(pipe, torch.cat(path))), [f"{a:g}" for a in ALPHAS]))
     for i, j in pairs[1:3]:
         path = torch.cat([latents[[i]], *(carried(sae, latents[[i]], latents[[j]], n) for n in CARRIED), latents[[j]]])
-        words = ["source", *("all" if n is None else f"{n} features" for n in CARRIED), "target"]
+        words = ["source", *("all" if n is None else f"the first {n}" for n in CARRIED), "target"]
         rows.append(Row("source towards target, by the features that differ most", _signed(decoded(pipe, path)), words))
     draw_grid(rows, "A VAE's latents through an SAE with tied weights", file)
     Image.open(file).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(file, optimize=True)
