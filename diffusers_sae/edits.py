@@ -148,11 +148,12 @@ def check_fits(edit: Edit, site: Site, place: Place, watched: Site | None = None
     if edit.when is not None and edit.when.at == "place" and watched is not None and watched.layout != "positions":
         raise InputError(f"A rule at places needs places, and the rows of {watched} are none; use at='image'.")
     if edit.tokens and not site.has_tokens:
+        nowhere = site.layout == "vector" or site.has_one_row
         raise InputError(
             f"tokens are for sites of text, for w and for channels, and {site} is none; "
-            + ("leave them out." if site.layout == "vector" else "pass mask= to choose places of an image.")
+            + ("leave them out." if nowhere else "pass mask= to choose places of an image.")
         )
-    if site.is_argument and (edit.mask is not None or edit.operation.overwrites):
+    if site.has_one_row and (edit.mask is not None or edit.operation.overwrites):
         raise InputError(f"{site} has one row an image and no places; leave mask= out, and choose another mode.")
     if site.has_tokens and edit.mask is not None:
         raise InputError(f"A mask is for sites of images, and {site} is none; pass tokens= to choose positions.")

@@ -19,9 +19,12 @@ from .errors import InputError
 from .handover import branches_handed_over
 
 DENOISERS = ("transformer", "unet")
-GENERATORS = ("generator",)
+GENERATORS = ("generator", "autoencoder")
 """Components that make the image in one pass, in pipelines that denoise nothing."""
-PIPELINES = {"StyleGAN2Pipeline": "diffusers_sae.adapters.stylegan2_pipeline"}
+PIPELINES = {
+    "StyleGAN2Pipeline": "diffusers_sae.adapters.stylegan2_pipeline",
+    "VectorVAEPipeline": "diffusers_sae.adapters.vector_vae_pipeline",
+}
 """Modules of the pipeline classes that are this package's own and not diffusers'."""
 HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
 Call = Mapping[str, Any]

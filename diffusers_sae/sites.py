@@ -17,10 +17,10 @@ from .handover import Handover
 KINDS = ("output", "input", "update")
 STREAMS = ("image", "text")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
-ARGUMENTS = ("image_embeds",)
+EMBEDS = ("image_embeds",)
 """Sites that are no module's output: what a denoiser is given beside the noise, in `added_cond_kwargs`, or what is
 handed over before."""
-ALIASES = {"w": "generator.w"}
+ALIASES = {"w": "generator.w", "latent": "autoencoder.latent"}
 """Short names of paths."""
 
 
@@ -30,8 +30,8 @@ class Site:
 
     Args:
         path: pipe-relative, such as `unet.up_blocks.1.attentions.1`; or `w`, StyleGAN's w with its layers as rows;
-            or `image_embeds`, what a Kandinsky 2.2 decoder or unCLIP is given of an image, or a prior makes, one row an
-            image.
+            or `latent`, a vector-latent VAE's; or `image_embeds`, what a Kandinsky 2.2 decoder or unCLIP is given of an
+            image, or a prior makes, both with one row an image.
         kind: `output`, `input`, or `update` (output minus input).
         stream: `image` or `text`, where a block returns both.
         layout: `positions`: each spatial place or token is a row; `channels`: each channel's map is a row; `vector`:
@@ -69,9 +69,14 @@ class Site:
         return self.path.partition(".")[0] in TEXT_ENCODERS
 
     @property
-    def is_argument(self) -> bool:
-        """Whether it is something that the denoiser is given."""
-        return self.path in ARGUMENTS
+    def is_embeds(self) -> bool:
+        """Whether it is an embedding of an image that one model gives to another."""
+        return self.path in EMBEDS
+
+    @property
+    def has_one_row(self) -> bool:
+        """Whether it has one row an image, so that nothing in it can be chosen."""
+        return self.is_embeds or self.path == ALIASES["latent"]
 
     @property
     def has_tokens(self) -> bool:
@@ -231,10 +236,10 @@ def unwrapped(module: Any) -> Any:
 
 def resolve(pipe: Any, site: Site) -> Place:
     """Where `site.path` is; raises `InputError` with the nearest real names if there is no such module."""
-    if site.is_argument:
+    if site.is_embeds:
         return _place_of_argument(pipe, site)
     component, _, rest = site.path.partition(".")
-    handed_over = [] if pipe._steering.handover is None else list(ARGUMENTS)
+    handed_over = [] if pipe._steering.handover is None else list(EMBEDS)
     maker = [] if handed_over and not hasattr(pipe, "unet") else [image_maker_of(pipe)[0]]
     steerable = [*maker, *(n for n in TEXT_ENCODERS if isinstance(getattr(pipe, n, None), nn.Module))]
     if component not in steerable:

@@ -136,7 +136,7 @@ def _resting(pipe: Any) -> Iterator[None]:
 
 def _candidates(pipe: Any, site: Site, width: int) -> list[Site]:
     """The site, and tensors nearby that could have the width."""
-    if site.is_argument:
+    if site.is_embeds:
         return [site]
     here = [replace(site, kind=kind) for kind in KINDS]
     text = [replace(site, stream=stream) for stream in STREAMS if stream != site.stream]
