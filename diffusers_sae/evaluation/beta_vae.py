@@ -1,4 +1,4 @@
-"""β-VAE of activations, a baseline that SAEs are compared with (Higgins et al., 2017; Ijishakin et al., 2024, table 2)."""
+"""β-VAE of activations (Higgins et al., 2017), a baseline of SAEs in table 2 of Ijishakin et al. (2024)."""
 
 from __future__ import annotations
 

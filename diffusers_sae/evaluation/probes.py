@@ -35,7 +35,7 @@ SELECTIONS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "variance": lambda x, labels: x.var(0),
     "f": f_statistic,
 }
-"""What the entries of a representation `(N, m)` are ranked by: mean activation, variance, or, from the labels too, F."""
+"""What the entries of a representation `(N, m)` are ranked by: mean activation, variance, or F, which takes labels."""
 
 SCALINGS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "each": lambda x: x.std(0) + 1e-3 * np.sqrt(x.var(0).mean()),
@@ -131,13 +131,15 @@ def fit_probe(
     part = np.random.default_rng(seed).permutation(len(y)) % folds
     for fold in range(folds):
         train, test = part != fold, part == fold
+        seen = x[train]
         for selection in dict.fromkeys(s for s, _ in settings):
-            top = _top(x[train], y[train], selection, entries)
+            top = _top(seen, y[train], selection, entries)
             for scaling in scalings:
-                for probe in _probes(x[train], targets[train], top, selection, scaling, penalties):
+                for probe in _probes(seen[:, top], targets[train], top, selection, scaling, penalties):
                     hits[selection, scaling, probe.penalty] += int((probe.predict(x[test]) == y[test]).sum())
     selection, scaling, penalty = max(hits, key=lambda key: hits[key])
-    (probe,) = _probes(x, targets, _top(x, y, selection, entries), selection, scaling, [penalty])
+    top = _top(x, y, selection, entries)
+    (probe,) = _probes(x[:, top], targets, top, selection, scaling, [penalty])
     return replace(probe, classes=classes, cross_validated=hits[selection, scaling, penalty] / len(y))
 
 
@@ -150,7 +152,7 @@ def _top(x: np.ndarray, y: np.ndarray, selection: str, entries: int | None) -> n
 def _probes(
     x: np.ndarray, targets: np.ndarray, top: np.ndarray, selection: str, scaling: str, penalties: Sequence[float]
 ) -> Iterator[Probe]:
-    rows, bias = x[:, top].astype(float), targets.mean(0)
+    rows, bias = x.astype(float), targets.mean(0)
     mean, scale = rows.mean(0), SCALINGS[scaling](rows)
     rows = (rows - mean) / scale
     for penalty, weights in zip(penalties, ridge_weights(rows, targets - bias, penalties), strict=True):
