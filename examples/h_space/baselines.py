@@ -95,19 +95,16 @@ def pca_by_rank(seen: torch.Tensor, held: torch.Tensor, of_maps: PCA) -> dict[st
     }
 
 
-def beta_vaes(seen: torch.Tensor, held: torch.Tensor) -> tuple[dict[str, Any], dict[str, tuple[torch.Tensor, ...]]]:
-    """Figures of β-VAEs of the flattened map, and their codes of both sets of images."""
-    figures, codes = {}, {}
+def beta_vaes(seen: torch.Tensor, held: torch.Tensor) -> dict[str, dict[str, Any]]:
+    """Figures of β-VAEs of the flattened map."""
+    figures = {}
     for latents in VAE_LATENTS:
         vae = train_beta_vae(seen.flatten(1), latents, beta=BETA, steps=VAE_STEPS)
-        name = f"β-VAE, {latents}"
-        code = vae.encode(seen.flatten(1))
-        figures[name] = {
+        figures[f"β-VAE, {latents}"] = {
             "beta": BETA,
             **figures_of(held, vae(held.flatten(1)).view_as(held), seen.mean(0)),
             "ev_seen": figures_of(seen, vae(seen.flatten(1)).view_as(seen), seen.mean(0))["ev"],
-            "latents_in_use": int((code.var(0) > 0.01).sum()),
+            "latents_in_use": int((vae.encode(seen.flatten(1)).var(0) > 0.01).sum()),
             "parameters": sum(p.numel() for p in vae.parameters()),
         }
-        codes[name] = code, vae.encode(held.flatten(1))
-    return figures, codes
+    return figures

@@ -62,6 +62,15 @@ def by_latents(
         return inversion.run(pipe, output_type="pt").images.float().cpu()
 
 
+def without_latents(
+    pipe: Any, images: torch.Tensor, to: float, features: Mapping[int, Any], **steer: Any
+) -> torch.Tensor:
+    """Images that were made with latents added, inverted with these in force and denoised without them."""
+    with pipe.steering(features, start=1 - to, stop=1.0, **steer):
+        inversion = invert(pipe, images, "", to, num_inference_steps=STEPS, iterations=ITERATIONS, edited=True)
+    return inversion.run(pipe, output_type="pt").images.float().cpu()
+
+
 def other_objects(scenes: Sequence[Scene], prompts: Sequence[str]) -> tuple[list[str], list[str]]:
     """For each scene one of the first objects that it does not show, and its prompt with that object."""
     targets, changed = [], []
@@ -100,6 +109,11 @@ def round_trips(
         added.setdefault(latent, [0.0] * count)[i] = STRENGTH * most
     removed = {j: [-s for s in strengths] for j, strengths in added.items()}
     trip("latent added", *(lambda x, f=f: by_latents(pipe, x, TO, f, adapter_name="vector") for f in (added, removed)))
+    trip(
+        "latent added, inverted with it",
+        lambda x: by_latents(pipe, x, TO, added, adapter_name="vector"),
+        lambda y: without_latents(pipe, y, TO, added, adapter_name="vector"),
+    )
     own = most_active(pipe, saes["TopK, vector"], images)
     scaled = {j: [SCALED if k == j else 1.0 for k in own] for j in set(own)}
     divided = {j: [1 / s for s in factors] for j, factors in scaled.items()}
@@ -187,12 +201,14 @@ def measure_consistency(
         print(name, {key: round(value, 4) for key, value in one.items()}, flush=True)
     blank = [""] * SHOWN
     rows = [Row("original", list(2 * images[:SHOWN] - 1), blank)]
-    for name in ("prompt", "latent added", "latent times κ"):
+    for name in ("prompt", "latent added"):
         y, back = trips[name]
         wanted = [f"to {t}" for t in targets[:SHOWN]] if "κ" not in name else blank
         rows += [
             Row(f"{name}: edited", list(2 * y[:SHOWN] - 1), wanted),
             Row(f"{name}: undone", list(2 * back[:SHOWN] - 1), blank),
         ]
+    back = trips["latent added, inverted with it"][1]
+    rows.append(Row("latent added: undone, inverted with it", list(2 * back[:SHOWN] - 1), blank))
     draw_grid(rows, "Edits, and what comes back when they are undone", out / "consistency.png")
     return figures

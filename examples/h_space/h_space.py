@@ -10,7 +10,7 @@ import argparse
 import json
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from diffusers_sae.demo.world import Scene, sample_scene
 from diffusers_sae.saes import SparseAutoencoder
 
 SEED = 31_000
+PARTS = ("reconstruction", "probes", "edits", "consistency", "interpolation")
 
 
 @torch.no_grad()
@@ -54,14 +55,6 @@ def captured(pipe: Any, prompts: Sequence[str], batch: int) -> torch.Tensor:
         seen = activations[PATH]
         found.append(seen.select("cond", seen.timestep.min().item()).float().cpu())
     return torch.cat(found)
-
-
-def kept(file: Path, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """The tensor in a file, made and written unless it is there, so that a stopped run goes on where it was."""
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"h": make()}, file)
-    return load_file(file)["h"]
 
 
 def prompts_of(args: argparse.Namespace) -> tuple[list[str], list[Scene]]:
@@ -95,11 +88,13 @@ def codes_of(
 
 
 @contextmanager
-def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    began = time.perf_counter()
+def timed(seconds: dict[str, Any], name: str) -> Iterator[None]:
+    """Note how long something takes: on the clock, and of processor time."""
+    began, began_processor = time.perf_counter(), time.process_time()
     yield
-    seconds[name] = round(time.perf_counter() - began, 1)
-    print(f"-- {name}: {seconds[name]} s", flush=True)
+    passed, worked = time.perf_counter() - began, time.process_time() - began_processor
+    seconds[name] = {"clock": round(passed, 1), "processor": round(worked, 1)}
+    print(f"-- {name}: {passed:.0f} s", flush=True)
 
 
 def main() -> None:
@@ -111,56 +106,69 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--k", type=int, default=2, help="latents each channel keeps at least (channel-aware)")
     parser.add_argument("--trips", type=int, default=8, help="images that are edited and have their edits undone")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what is measured; by default all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("h-space-out"))
     args = parser.parse_args()
-    start = time.perf_counter()
     dtype = torch.float32 if args.device == "cpu" else torch.float16
     pipe = SAESteeringPipeline.from_pretrained(args.model, dtype=dtype).to(args.device)
     pipe.set_progress_bar_config(disable=True)
     prompts, scenes = prompts_of(args)
-    seconds: dict[str, float] = {}
-    with timed(seconds, "capture"):
-        h = kept(args.out / "h.safetensors", lambda: captured(pipe, prompts, args.batch))
+    report = args.out / "h_space.json"
+    figures: dict[str, Any] = json.loads(report.read_text()) if report.exists() else {"seconds": {}}
+    seconds = figures["seconds"]
+    with timed(seconds, "all"):
+        measure(pipe, prompts, scenes, figures, args)
+    report.write_text(json.dumps(figures, indent=1) + "\n")
+    print(seconds)
+
+
+def measure(
+    pipe: Any, prompts: Sequence[str], scenes: Sequence[Scene], figures: dict[str, Any], args: argparse.Namespace
+) -> None:
+    """Put the figures of all parts that are asked for into `figures`."""
+    seconds = figures["seconds"]
+    if not (args.out / "h.safetensors").exists():
+        with timed(seconds, "capture"):
+            args.out.mkdir(parents=True, exist_ok=True)
+            save_file({"h": captured(pipe, prompts, args.batch)}, args.out / "h.safetensors")
+    h = load_file(args.out / "h.safetensors")["h"]
     if len(h) != len(prompts):
-        parser.error(f"{args.out} holds h of {len(h)} images, not {len(prompts)}; choose another --out.")
-    seen, held = h[: args.images], h[args.images :]
-    figures: dict[str, Any] = {
+        raise SystemExit(f"{args.out} holds h of {len(h)} images, not {len(prompts)}; choose another --out.")
+    seen, held, of_seen = h[: args.images], h[args.images :], scenes[: args.images]
+    new, of_new = prompts[args.images :], scenes[args.images :]
+    figures |= {
         "model": Path(args.model).name, "shape": list(h.shape[1:]), "images": len(seen), "held_out": len(held),
-        "torch": torch.__version__, "threads": torch.get_num_threads(), "k": args.k, "seconds": seconds, "kinds": {},
+        "torch": torch.__version__, "threads": torch.get_num_threads(), "k": args.k,
     }  # fmt: skip
-    with timed(seconds, "PCA"):
-        of_maps = PCA(seen.flatten(1))
-        figures["pca_of_the_map"] = pca_by_rank(seen, held, of_maps)
     saes = {}
     for name in KINDS:
         with timed(seconds, name):
             saes[name] = trained(name, seen, args)
-            figures["kinds"][name] = found = reconstruction(saes[name], name, seen, held, of_maps)
-        print({key: round(found[key], 3) for key in ("ev", "cosine", "zeros", "active_an_image")}, flush=True)
-    with timed(seconds, "β-VAEs"):
-        figures["beta_vaes"], vae_codes = beta_vaes(seen, held)
-    print(figures["beta_vaes"], flush=True)
-    if scenes:
-        with timed(seconds, "probes"), torch.no_grad():
-            figures["probes"] = measure_probes([*codes_of(saes, of_maps, seen, held), *vae_codes.items()], scenes)
     pipe.load_sae(saes["TopK, vector"], adapter_name="vector")
     pipe.load_sae(saes["channel-aware"], adapter_name="aware")
-    new, of_new = prompts[args.images :], scenes[args.images :]
-    with timed(seconds, "edits"):
-        figures["edits"] = measure_edits(pipe, saes, seen, scenes[: args.images], new, args.out)
-    if scenes:
+    of_maps = PCA(seen.flatten(1))
+    if "reconstruction" in args.parts:
+        with timed(seconds, "reconstruction"):
+            figures["pca_of_the_map"] = pca_by_rank(seen, held, of_maps)
+            figures["kinds"] = {name: reconstruction(saes[name], name, seen, held, of_maps) for name in KINDS}
+            figures["beta_vaes"] = beta_vaes(seen, held)
+        for name, one in (figures["kinds"] | figures["beta_vaes"]).items():
+            print(f"{name:16} EV {one['ev']:.3f} cosine {one['cosine']:.3f}", flush=True)
+    if "probes" in args.parts and scenes:
+        with timed(seconds, "probes"), torch.no_grad():
+            figures["probes"] = measure_probes(codes_of(saes, of_maps, seen, held), scenes)
+    if "edits" in args.parts:
+        with timed(seconds, "edits"):
+            figures["edits"] = measure_edits(pipe, saes, seen, of_seen, new, args.out)
+    if "consistency" in args.parts and scenes:
         with timed(seconds, "consistency"):
-            count = args.trips
             figures["consistency"] = measure_consistency(
-                pipe, saes, seen, scenes[: args.images], of_new[:count], new[:count], args.out
+                pipe, saes, seen, of_seen, of_new[: args.trips], new[: args.trips], args.out
             )
-    with timed(seconds, "interpolation"):
-        figures["interpolation"] = measure_interpolation(pipe, saes["TopK, vector"], new, args.out, bool(scenes))
-    seconds["whole"] = round(time.perf_counter() - start, 1)
-    seconds["processor"] = round(time.process_time(), 1)
-    (args.out / "h_space.json").write_text(json.dumps(figures, indent=1) + "\n")
-    print(seconds)
+    if "interpolation" in args.parts:
+        with timed(seconds, "interpolation"):
+            figures["interpolation"] = measure_interpolation(pipe, saes["TopK, vector"], new, args.out, bool(scenes))
 
 
 if __name__ == "__main__":

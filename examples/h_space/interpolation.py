@@ -20,7 +20,7 @@ from diffusers_sae.demo.shipped import generate, load_judge, look
 from diffusers_sae.saes import SparseAutoencoder
 from diffusers_sae.sites import LAYOUTS
 
-PAIRS, TO, ITERATIONS = 8, 0.9, 2
+TO, ITERATIONS = 0.9, 2
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -70,10 +70,10 @@ def mixed_noise(pipe: Any, a: Inversion, b: Inversion) -> Callable[[float], torc
 
 
 def measure_interpolation(
-    pipe: Any, sae: SparseAutoencoder, prompts: Sequence[str], out: Path, judged: bool
+    pipe: Any, sae: SparseAutoencoder, prompts: Sequence[str], out: Path, judged: bool, pairs: int = 4
 ) -> dict[str, Any]:
     """Pairs of images generated from `prompts`, the first half with the second; `sae` is of whole maps."""
-    images = torch.stack(list(generate(pipe, prompts[: 2 * PAIRS], range(200, 200 + 2 * PAIRS)))) / 2 + 0.5
+    images = torch.stack(list(generate(pipe, prompts[: 2 * pairs], range(200, 200 + 2 * pairs)))) / 2 + 0.5
     a, b = (invert(pipe, half, "", TO, num_inference_steps=STEPS, iterations=ITERATIONS) for half in images.chunk(2))
     h_a, h_b = h_of_steps(pipe, a), h_of_steps(pipe, b)
     code, whole = decoded(sae, h_b) - decoded(sae, h_a), (h_b - h_a).flatten(2)
@@ -89,7 +89,7 @@ def measure_interpolation(
     strips = {name: [run(share) for share in SHARES] for name, run in ways.items()}
     first, last = strips["noise at 0.9 T, no edit"][0], strips["noise at 0.9 T, no edit"][-1]
     judge = load_judge() if judged else None
-    figures: dict[str, Any] = {"pairs": PAIRS, "shares": list(SHARES)}
+    figures: dict[str, Any] = {"pairs": pairs, "shares": list(SHARES)}
     figures["between_the_ends"] = _distance(first, last)
     for name, strip in strips.items():
         figures[name] = {
