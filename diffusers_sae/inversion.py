@@ -119,11 +119,12 @@ def invert(
     num_inference_steps: int = 50,
     iterations: int = 1,
     guidance_scale: float = 1.0,
+    edited: bool = False,
 ) -> Inversion:
     """Follow a deterministic pipeline backwards from an image towards the noise it would have come from.
 
-    Edits rest meanwhile, also where a plan is in force, and nothing is captured; the pipeline and its scheduler stay
-    as they are, and no random number is drawn.
+    Edits rest meanwhile, also where a plan is in force, unless `edited`, and nothing is captured; the pipeline and its
+    scheduler stay as they are, and no random number is drawn.
 
     Args:
         pipe: a Stable Diffusion or SDXL pipeline with a `DDIMScheduler`, or a Stable Diffusion 3 pipeline with a
@@ -136,6 +137,8 @@ def invert(
         iterations: calls of the model for each step. 1 is plain DDIM inversion; with 3, what `run` reconstructs
             is as near to the image as the autoencoder lets it be, at three times the cost.
         guidance_scale: 1 is none, as in h-space editing; higher ones make the inversion less exact.
+        edited: the pipeline's plan is in force meanwhile, for an image that was made with it: `run` then makes it again
+            with the same plan, and without it what it would have been.
 
     Raises:
         InputError: anything above is wrong. Nothing is changed.
@@ -147,7 +150,8 @@ def invert(
     training_timesteps = pipe.scheduler.config.num_train_timesteps
     steps = InverseSteps(pipe.scheduler, to * training_timesteps, iterations)
     twin = _with_scheduler(pipe, steps)
-    twin.__class__ = _stock_class(pipe)
+    if not edited:
+        twin.__class__ = _stock_class(pipe)
     size = images.shape[-2], images.shape[-1]
     latents = twin(
         prompt=prompts, latents=_encoded(pipe, images), num_inference_steps=num_inference_steps,

@@ -193,6 +193,25 @@ def test_edits_rest_while_an_image_is_inverted_and_act_in_the_run(harness):
     assert torch.equal(after.run(harness.pipe, output_type="pt").images, plain)
 
 
+def test_an_image_made_with_edits_is_inverted_with_them_or_without(harness):
+    if hasattr(harness.bare, "unet"):
+        harness.bare.unet.conv_out.weight.data *= 0.05
+    steerable(harness)
+    harness.pipe.steer({3: 20.0})
+    found, images = {}, {}
+    for edited in (True, False):
+        inversion = invert(harness.pipe, IMAGES, "ab", num_inference_steps=6, iterations=12, edited=edited)
+        found[edited] = inversion.latents
+        images[edited] = inversion.run(harness.pipe, output_type="latent").images  # with the plan still in force
+    with torch.no_grad():
+        original = harness.bare.vae.encode(2 * IMAGES - 1).latent_dist.mode()
+    config = harness.bare.vae.config
+    original = (original - (config.shift_factor or 0)) * config.scaling_factor
+    errors = {edited: ((x - original).norm() / original.norm()).item() for edited, x in images.items()}
+    assert not torch.equal(found[True], found[False])
+    assert errors[True] < 2e-3 and errors[True] < errors[False] / 2
+
+
 def test_edits_act_at_the_progress_of_the_steps_that_are_run(harness):
     inversion = invert(harness.pipe, IMAGES[0], "ab", 0.7, num_inference_steps=10)
     steerable(harness)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kinds import PATH, STEPS
 
 from diffusers_sae import Directions, Inversion, Site, invert
 from diffusers_sae.demo.pictures import Row, draw_grid
@@ -15,7 +16,7 @@ from diffusers_sae.demo.world import FACTORS, Scene
 from diffusers_sae.saes import SparseAutoencoder
 from diffusers_sae.sites import LAYOUTS
 
-PATH, STEPS, IMAGES, OBJECTS = "unet.mid_block", 10, 8, 10
+IMAGES, OBJECTS = 8, 10
 JUDGED = ("object", "style", "background")
 NAMED = 1 / 3
 """Rise of the share of images that show a value, from which on a feature's effect is named after it."""
@@ -89,14 +90,15 @@ def measure_edits(
     pipe: Any, saes: dict[str, SparseAutoencoder], seen: torch.Tensor, scenes: Sequence[Scene],
     prompts: Sequence[str], out: Path,
 ) -> dict[str, Any]:  # fmt: skip
-    """Edits of images held out, generated from `prompts` and inverted without a prompt; with `scenes`, by concept."""
+    """Edits of images held out, generated from `prompts` and inverted without a prompt; with `scenes`, by concept.
+
+    The SAEs are loaded into the pipeline already: that of whole maps as `vector`, the channel-aware one as `aware`.
+    """
     some = list(prompts[:IMAGES])
     images = torch.stack(list(generate(pipe, some, range(len(some))))) / 2 + 0.5
     judge = load_judge() if scenes else None
     figures: dict[str, Any] = {"images": len(some), "named_from_rise": NAMED}
     vector, aware = saes["TopK, vector"], saes["channel-aware"]
-    pipe.load_sae(vector, adapter_name="vector")
-    pipe.load_sae(aware, adapter_name="aware")
     chosen = by_concept(vector, seen, scenes) if scenes else _most_active(vector, seen)
     torch.manual_seed(5)
     drawn = torch.nn.functional.normalize(torch.randn(len(chosen), vector.d_in), dim=-1)
