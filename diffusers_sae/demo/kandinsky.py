@@ -6,16 +6,35 @@ Only what reads the embedding was trained; the rest is emoji-sd's, bit for bit, 
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    KandinskyV22CombinedPipeline,
     KandinskyV22Pipeline,
     PriorTransformer,
+    UnCLIPScheduler,
     UNet2DConditionModel,
     VQModel,
 )
-from transformers import CLIPTextModelWithProjection
+from safetensors.torch import load_file
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionModelWithProjection,
+)
+
+from ..pipelines import SAESteeringPipeline
+from .shipped import MODELS, load_pipeline
+
+KANDINSKY_CALL: dict[str, Any] = {
+    "num_inference_steps": 20, "guidance_scale": 2.0, "prior_num_inference_steps": 10, "prior_guidance_scale": 1.5,
+}  # fmt: skip
+"""How emoji-kandinsky draws best; `height=64, width=64` besides."""
 
 READS_THE_EMBEDDING = ("encoder_hid_proj.", "add_embedding.", ".attn2.")
 """Parts of the names of the decoder's tensors that were trained."""
@@ -38,7 +57,7 @@ def new_decoder(unet: UNet2DConditionModel, width: int) -> UNet2DConditionModel:
     for name in ("conv_out.weight", "conv_out.bias"):
         state[name] = torch.cat([state[name], torch.zeros_like(state[name])])
     added = decoder.load_state_dict(state, strict=False).missing_keys
-    assert all(name.startswith(READS_THE_EMBEDDING) for name in added), added
+    assert all(reads_the_embedding(name) for name in added), added
     torch.nn.init.zeros_(decoder.add_embedding.image_norm.weight)
     return decoder
 
@@ -88,8 +107,32 @@ def new_prior(text: CLIPTextModelWithProjection, embeds: torch.Tensor) -> PriorT
     return prior
 
 
-def pipeline(unet: UNet2DConditionModel, scheduler: DDIMScheduler, movq: VQModel) -> KandinskyV22Pipeline:
+def decoder_pipeline(unet: UNet2DConditionModel, scheduler: DDIMScheduler, movq: VQModel) -> KandinskyV22Pipeline:
     """The decoder, stock."""
     pipe = KandinskyV22Pipeline(unet=unet, scheduler=scheduler, movq=movq)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def load_kandinsky(models: Path = MODELS) -> Any:
+    """emoji-kandinsky, prior and decoder, steerable, in fp32 on the CPU: a `KandinskyV22CombinedPipeline`."""
+    parts = {
+        "text_encoder": CLIPTextModelWithProjection,
+        "tokenizer": CLIPTokenizer,
+        "image_encoder": CLIPVisionModelWithProjection,
+        "image_processor": CLIPImageProcessor,
+    }
+    clip = {name: cls.from_pretrained(models / "emoji-clip" / name) for name, cls in parts.items()}
+    sd, own = load_pipeline(models / "emoji-sd"), models / "emoji-kandinsky"
+    decoder = new_decoder(sd.unet, clip["image_encoder"].config.projection_dim)
+    decoder.load_state_dict({**decoder.state_dict(), **load_file(own / "decoder.safetensors")})
+    pipe = KandinskyV22CombinedPipeline(
+        unet=decoder.eval(),
+        scheduler=sd.scheduler,
+        movq=movq_of(sd.vae).eval(),
+        prior_prior=PriorTransformer.from_pretrained(own / "prior"),
+        prior_scheduler=UnCLIPScheduler.from_pretrained(own / "prior_scheduler"),
+        **{f"prior_{name}": part for name, part in clip.items()},
+    ).to(dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return SAESteeringPipeline.from_pipe(pipe)
