@@ -1,6 +1,7 @@
 """Put the trained models into the package: `python ship.py`. fp16 safetensors, cards, licences of the drawings.
 
-Writes `diffusers_sae/demo/models`: emoji-sd, emoji-clip, judge and the SAEs. What is there already is replaced.
+Writes `diffusers_sae/demo/models`: emoji-sd, emoji-clip, judge, emoji-kandinsky and the SAEs. What is there already is
+replaced.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import shutil
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import PriorTransformer, StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
 from sprites import PACKAGES
 from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
@@ -29,6 +31,8 @@ python examples/emoji_world/train_unet.py
 python examples/emoji_world/train_judge.py
 python examples/emoji_world/train_sae.py
 python examples/emoji_world/choose_steering.py
+python examples/emoji_world/train_clip.py --freeze-text --steps 320 --batch 192 --lr 6e-4
+python examples/emoji_world/train_kandinsky.py
 python examples/emoji_world/ship.py"""
 
 CARD = """\
@@ -97,6 +101,31 @@ def drawings() -> str:
     )
 
 
+def kandinsky(source: Path, target: Path) -> None:
+    """What emoji-kandinsky has beyond emoji-sd and emoji-clip."""
+    target.mkdir()
+    learned = {name: x.half() for name, x in load_file(source / "decoder.safetensors").items()}
+    save_file(learned, target / "decoder.safetensors")
+    PriorTransformer.from_pretrained(source / "prior").half().save_pretrained(target / "prior")
+    shutil.copytree(source / "prior_scheduler", target / "prior_scheduler")
+    TopKSAE.from_pretrained(source / "sae").half().save_pretrained(target / "sae")
+    for name in ("statistics.safetensors", "held_out.json"):
+        shutil.copy(source / "sae" / name, target / "sae")
+    write_checksums(target / "sae")
+    figures = json.loads((source / "sae" / "held_out.json").read_text())
+    card(
+        target,
+        "emoji-kandinsky",
+        "diffusers",
+        "A Kandinsky 2.2 in small: a prior from captions to image embeddings of emoji-clip, and a decoder of these, "
+        "which is emoji-sd's U-Net with other attention to its condition (`decoder.safetensors` holds what differs). "
+        "`diffusers_sae.demo.kandinsky.load_kandinsky()` puts the pipeline together. `sae` is a TopK SAE of the "
+        "embeddings.",
+        f"SAE on embeddings held out: FVU {figures['fvu']:.4f}, L0 {figures['l0']:.0f}, dead latents "
+        f"{100 * figures['dead']:.2f} %; pictures in `benchmarks/results/kandinsky.json`.",
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--world", type=Path, default=Path("outputs/emoji_world"))
@@ -132,6 +161,7 @@ def main() -> None:
         )
         write_checksums(target)
     shutil.copy(args.world / "towards.json", staging)
+    kandinsky(args.world / "emoji-kandinsky", staging / "emoji-kandinsky")
     accuracy = json.loads((staging / "judge" / "held_out.json").read_text())["accuracy"]
     card(
         staging / "judge",
@@ -152,7 +182,8 @@ def main() -> None:
         staging / "emoji-clip",
         "emoji-clip",
         "transformers",
-        "A CLIP text tower, which emoji-sd reads its prompts with, and the image tower it was trained with.",
+        "A CLIP text tower, which emoji-sd reads its prompts with, and an image tower that was trained with it, and "
+        "then went on alone towards the embeddings of full captions.",
         "none are claimed.",
     )
     (staging / "DRAWINGS.md").write_text(drawings())
