@@ -41,6 +41,7 @@ world: $(VENV)/.demo
 	done
 	$(BIN)/python examples/emoji_world/train_clip.py --freeze-text --steps 320 --batch 192 --lr 6e-4
 	$(BIN)/python examples/emoji_world/train_kandinsky.py
+	$(BIN)/python examples/emoji_world/train_kandinsky.py --steps 900
 	$(BIN)/python examples/emoji_world/ship.py
 
 clean:

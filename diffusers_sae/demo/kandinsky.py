@@ -1,7 +1,7 @@
-"""emoji-kandinsky: emoji-sd's U-Net and autoencoder as a Kandinsky 2.2 decoder of emoji-clip's image embeddings, and a
-small prior that makes such embeddings from prompts.
+"""emoji-kandinsky: emoji-sd's U-Net and autoencoder as a Kandinsky 2.2 decoder of image embeddings, and a small prior
+that makes such embeddings from prompts.
 
-Only what reads the embedding was trained; the rest is emoji-sd's, bit for bit, so that little has to be shipped.
+Of the U-Net only what reads the embedding was trained; the rest is emoji-sd's, bit for bit, so that little is shipped.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ..pipelines import SAESteeringPipeline
 from .shipped import MODELS, load_pipeline
 
 KANDINSKY_CALL: dict[str, Any] = {
-    "num_inference_steps": 20, "guidance_scale": 2.0, "prior_num_inference_steps": 10, "prior_guidance_scale": 1.5,
+    "num_inference_steps": 20, "guidance_scale": 3.0, "prior_num_inference_steps": 10, "prior_guidance_scale": 2.0,
 }  # fmt: skip
 """How emoji-kandinsky draws best; `height=64, width=64` besides."""
 
@@ -117,12 +117,12 @@ def decoder_pipeline(unet: UNet2DConditionModel, scheduler: DDIMScheduler, movq:
 def load_kandinsky(models: Path = MODELS) -> Any:
     """emoji-kandinsky, prior and decoder, steerable, in fp32 on the CPU: a `KandinskyV22CombinedPipeline`."""
     parts = {
-        "text_encoder": CLIPTextModelWithProjection,
-        "tokenizer": CLIPTokenizer,
-        "image_encoder": CLIPVisionModelWithProjection,
-        "image_processor": CLIPImageProcessor,
+        "text_encoder": ("emoji-clip", CLIPTextModelWithProjection),
+        "tokenizer": ("emoji-clip", CLIPTokenizer),
+        "image_encoder": ("emoji-kandinsky", CLIPVisionModelWithProjection),
+        "image_processor": ("emoji-clip", CLIPImageProcessor),
     }
-    clip = {name: cls.from_pretrained(models / "emoji-clip" / name) for name, cls in parts.items()}
+    clip = {name: cls.from_pretrained(models / folder / name) for name, (folder, cls) in parts.items()}
     sd, own = load_pipeline(models / "emoji-sd"), models / "emoji-kandinsky"
     decoder = new_decoder(sd.unet, clip["image_encoder"].config.projection_dim)
     decoder.load_state_dict({**decoder.state_dict(), **load_file(own / "decoder.safetensors")})

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from sprites import PACKAGES
 from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
-from diffusers_sae import TopKSAE
+from diffusers_sae import MatryoshkaSAE, TopKSAE
 from diffusers_sae.checksums import write_checksums
 from diffusers_sae.demo.judge import Judge
 from diffusers_sae.demo.shipped import MODELS, SITES
@@ -33,6 +33,7 @@ python examples/emoji_world/train_sae.py
 python examples/emoji_world/choose_steering.py
 python examples/emoji_world/train_clip.py --freeze-text --steps 320 --batch 192 --lr 6e-4
 python examples/emoji_world/train_kandinsky.py
+python examples/emoji_world/train_kandinsky.py --steps 900
 python examples/emoji_world/ship.py"""
 
 CARD = """\
@@ -106,9 +107,11 @@ def kandinsky(source: Path, target: Path) -> None:
     target.mkdir()
     learned = {name: x.half() for name, x in load_file(source / "decoder.safetensors").items()}
     save_file(learned, target / "decoder.safetensors")
+    encoder = CLIPVisionModelWithProjection.from_pretrained(source / "image_encoder")
+    encoder.half().save_pretrained(target / "image_encoder")
     PriorTransformer.from_pretrained(source / "prior").half().save_pretrained(target / "prior")
     shutil.copytree(source / "prior_scheduler", target / "prior_scheduler")
-    TopKSAE.from_pretrained(source / "sae").half().save_pretrained(target / "sae")
+    MatryoshkaSAE.from_pretrained(source / "sae").half().save_pretrained(target / "sae")
     for name in ("statistics.safetensors", "held_out.json"):
         shutil.copy(source / "sae" / name, target / "sae")
     write_checksums(target / "sae")
@@ -117,9 +120,10 @@ def kandinsky(source: Path, target: Path) -> None:
         target,
         "emoji-kandinsky",
         "diffusers",
-        "A Kandinsky 2.2 in small: a prior from captions to image embeddings of emoji-clip, and a decoder of these, "
+        "A Kandinsky 2.2 in small: an image tower, which is emoji-clip's after it went on alone towards the embeddings "
+        "of full captions, a prior from captions to its embeddings, and a decoder of these, "
         "which is emoji-sd's U-Net with other attention to its condition (`decoder.safetensors` holds what differs). "
-        "`diffusers_sae.demo.kandinsky.load_kandinsky()` puts the pipeline together. `sae` is a TopK SAE of the "
+        "`diffusers_sae.demo.kandinsky.load_kandinsky()` puts the pipeline together. `sae` is a Matryoshka SAE of the "
         "embeddings.",
         f"SAE on embeddings held out: FVU {figures['fvu']:.4f}, L0 {figures['l0']:.0f}, dead latents "
         f"{100 * figures['dead']:.2f} %; pictures in `benchmarks/results/kandinsky.json`.",
@@ -182,8 +186,7 @@ def main() -> None:
         staging / "emoji-clip",
         "emoji-clip",
         "transformers",
-        "A CLIP text tower, which emoji-sd reads its prompts with, and an image tower that was trained with it, and "
-        "then went on alone towards the embeddings of full captions.",
+        "A CLIP text tower, which emoji-sd reads its prompts with, and the image tower it was trained with.",
         "none are claimed.",
     )
     (staging / "DRAWINGS.md").write_text(drawings())

@@ -2,8 +2,8 @@
 `emoji-sd`.
 
 Contrastive training (Radford et al., 2021) of images against captions. `--freeze-text` then goes on with the vision
-tower alone, once something else depends on the text tower: images are drawn to the embeddings of their full captions,
-in which the factors add up far more nearly than in those of images, so that they can be edited one by one.
+tower alone, for emoji-kandinsky: images are drawn to the embeddings of their full captions, in which the factors add up
+far more nearly than in those of images, so that they can be edited one by one.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def main() -> None:
             tower.load_state_dict(cls.from_pretrained(args.world / "emoji-clip" / name).state_dict())
     fit(towers, losses, args, name="clip_vision" if args.freeze_text else "clip", every=50, weight_decay=0.05)
     clip = args.world / "emoji-clip"
-    towers.vision.save_pretrained(clip / "image_encoder")
+    towers.vision.save_pretrained((args.world / "emoji-kandinsky" if args.freeze_text else clip) / "image_encoder")
     CLIPImageProcessor(
         size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}, image_mean=[0.5] * 3, image_std=[0.5] * 3
     ).save_pretrained(clip / "image_processor")

@@ -1,8 +1,8 @@
 """Train emoji-kandinsky: `python train_kandinsky.py`. Writes `emoji-kandinsky`: what its decoder and its prior learned,
 and an SAE of the embeddings between them.
 
-Needs `emoji-sd` and `emoji-clip`. The decoder is emoji-sd's U-Net, in which what reads the text is trained to read
-image embeddings of emoji-clip instead: first to give what the U-Net was given for the caption, then by the loss that
+Needs `emoji-sd`, and `train_clip.py --freeze-text`. The decoder is emoji-sd's U-Net, in which what reads the text is
+trained to read image embeddings instead: first to give what the U-Net was given for the caption, then by the loss that
 the U-Net was trained with. The prior predicts embeddings from captions (Ramesh et al., 2022, section 2.2).
 """
 
@@ -25,7 +25,7 @@ from tqdm import tqdm
 from train_unet import cache_latents
 from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
-from diffusers_sae import TopKSAE
+from diffusers_sae import MatryoshkaSAE
 from diffusers_sae.checksums import sha256
 from diffusers_sae.demo.kandinsky import decoder_pipeline, movq_of, new_decoder, new_prior, reads_the_embedding
 from diffusers_sae.demo.world import Scene, sample_caption, sample_scene
@@ -69,9 +69,9 @@ def data_of(args: argparse.Namespace) -> Data:
         return cls.from_pretrained(args.world.joinpath(*path)).to(args.device)
 
     sd = StableDiffusionPipeline.from_pretrained(args.world / "emoji-sd", safety_checker=None).to(args.device)
-    encoder = load(CLIPVisionModelWithProjection, "emoji-clip", "image_encoder").eval()
+    encoder = load(CLIPVisionModelWithProjection, "emoji-kandinsky", "image_encoder").eval()
     text = load(CLIPTextModelWithProjection, "emoji-clip", "text_encoder").eval()
-    name = "kandinsky-" + sha256(args.world / "emoji-clip" / "image_encoder" / "model.safetensors")[:8]
+    name = "kandinsky-" + sha256(args.world / "emoji-kandinsky" / "image_encoder" / "model.safetensors")[:8]
     canvas, folder = Canvas(args.world / "sprites.npz"), args.world / "training"
     latents, scenes = cache_latents(folder / "latents.npy", canvas, sd.vae, CACHED, args.device)
     scenes = scenes[: args.scenes]
@@ -178,11 +178,11 @@ def trained_prior(data: Data, scheduler: UnCLIPScheduler) -> PriorTransformer:
 
 
 def trained_sae(data: Data) -> tuple[SparseAutoencoder, dict[str, float]]:
-    """A TopK SAE of the embeddings with its statistics, and its figures on embeddings held out."""
+    """A Matryoshka SAE of the embeddings with its statistics, and its figures on embeddings held out."""
     seen, held = data.embeds[:-HELD_OUT].cpu(), data.embeds[-HELD_OUT:].cpu()
     provenance = {"site": {"path": "image_embeds"}, "base_model": "emoji-kandinsky"}
     torch.manual_seed(0)
-    sae = TopKSAE(seen.shape[1], data.args.latents, data.args.k, provenance=provenance)
+    sae = MatryoshkaSAE(seen.shape[1], data.args.latents, data.args.k, provenance=provenance)
     train_on_rows(seen, sae, TrainingConfig(data.args.sae_steps, 1024, lr=2e-3, decay=0.5, dead_after=50_000))
     statistics, meter = StatisticsAccumulator(sae.n_latents), ReconstructionMeter(sae)
     with torch.no_grad():
@@ -208,7 +208,7 @@ def main() -> None:
     sae, figures = trained_sae(data)
     print("SAE", figures, flush=True)
     decoder = trained_decoder(data)
-    scheduler = UnCLIPScheduler(prediction_type="sample", variance_type="fixed_small_log")
+    scheduler = UnCLIPScheduler(prediction_type="sample", variance_type="fixed_small_log", clip_sample_range=5.0)
     prior = trained_prior(data, scheduler)
     out.mkdir(exist_ok=True)
     learned = {name: x.contiguous() for name, x in decoder.state_dict().items() if reads_the_embedding(name)}
