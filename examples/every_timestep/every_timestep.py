@@ -171,7 +171,7 @@ def main() -> None:
         parser.error("--model needs --sae and --concepts.")
     begin, busy = time.perf_counter(), time.process_time()
     args.out.mkdir(parents=True, exist_ok=True)
-    pipe = SAESteeringPipeline.from_pretrained(args.model or MODELS / "emoji-sd").to(args.device, torch.float32)
+    pipe = SAESteeringPipeline.from_pretrained(args.model or MODELS / "emoji-sd", dtype=torch.float32).to(args.device)
     pipe.set_progress_bar_config(disable=True)
     call = CALL if args.model is None else {}
     sae = load_sae(args.sae or MODELS / "saes" / SITES[0])
