@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import KandinskyV22Pipeline, KandinskyV22PriorPipeline
+from diffusers import AutoPipelineForText2Image, KandinskyV22Pipeline, KandinskyV22PriorPipeline
 
 from diffusers_sae import Rule, SAESteeringPipeline, load_sae
 from diffusers_sae.adapters.image_embeds import transferred, turned
@@ -261,7 +261,7 @@ def parsed() -> argparse.Namespace:
 
 def of_another_model(args: argparse.Namespace) -> None:
     """What can be done without labels and a judge: icons, and whole pictures moved towards each other."""
-    pipe = SAESteeringPipeline.from_pretrained(args.model).to(args.device)
+    pipe = AutoPipelineForText2Image.from_pretrained(args.model).to(args.device)
     kandinsky = Kandinsky(pipe, args.size, {**KANDINSKY_CALL, "num_inference_steps": 50, "guidance_scale": 4.0})
     prompts = [line for line in args.prompts.read_text().splitlines() if line.strip()]
     sae, embeds = load_sae(args.sae).to(args.device), kandinsky.embeds_of(prompts)
