@@ -130,14 +130,16 @@ def as_tensor(image: Image) -> torch.Tensor:
     return pixels.view(image.height, image.width, 3).permute(2, 0, 1).float() / 127.5 - 1
 
 
-def removal(pipe: Any, judge: Any, features: list[WordFeature], strength: float) -> dict[str, Any]:
+def removal(
+    pipe: Any, judge: Any, features: list[WordFeature], strength: float, targets: Sequence[str]
+) -> dict[str, Any]:
     """Removing objects at the text site and at the U-Net's sites with the shipped SAEs, over the same images."""
     scores, detectors = load_scores(), load_detectors()
     for site in SITES:
         pipe.load_sae(MODELS / "saes" / site, adapter_name=site)
     totals: dict[str, Any] = {}
     seconds: dict[str, list[float]] = {"bare": [], "text": [], "U-Net": []}
-    for target in TARGETS:
+    for target in targets:
         cells = cells_of(target, 16)
         edits = {
             "bare": [],
@@ -162,7 +164,7 @@ def removal(pipe: Any, judge: Any, features: list[WordFeature], strength: float)
         print(target, {n: (t.ua.value, t.ira.value, t.cra.value) for n, t in totals.items()}, flush=True)
     pipe.reset_steering()
     return {
-        name: {**total.as_dict(), "seconds_an_image": round(sorted(seconds[name])[len(TARGETS) // 2], 3)}
+        name: {**total.as_dict(), "seconds_an_image": round(sorted(seconds[name])[len(targets) // 2], 3)}
         for name, total in totals.items()
     }
 
@@ -212,6 +214,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=700, help="training steps of 1024 tokens")
     parser.add_argument("--strength", type=float, default=0.5, help="of steering, in largest activations")
     parser.add_argument("--away", type=float, default=2.0, help="of removal: z - away z")
+    parser.add_argument("--targets", type=int, default=3, help="objects that are removed, at most 6")
     parser.add_argument("--spacy", help="spaCy model; only nouns, adjectives and adverbs then name features")
     parser.add_argument("--out", type=Path, default=Path("text-encoder-out"))
     parser.add_argument("--json", type=Path, help="also write the figures here")
@@ -292,7 +295,9 @@ def main() -> None:
     draw(pipe, named, favourites or attributes[:6], how, call, args.out / "steered.png")
     if not args.model:
         told["selective"] = {"how": f"ablate, {args.away:g}", **selective(pipe, features, args.away, call)}
-        told["removal"] = {"targets": TARGETS, "images": 24 * len(TARGETS), **removal(pipe, judge, features, args.away)}
+        targets = TARGETS[: args.targets]
+        found = removal(pipe, judge, features, args.away, targets)
+        told["removal"] = {"targets": targets, "images": 24 * len(targets), **found}
     told["seconds"]["all"] = round(time.perf_counter() - begin, 1)
     told["hardware"] = f"{os.cpu_count()} cores, {torch.get_num_threads()} thread(s)"
     text = json.dumps(told, indent=1)

@@ -62,4 +62,5 @@ def test_it_draws_what_prompts_ask_for_and_the_sae_turns_it(pipe, tmp_path):
     stock = KandinskyV22CombinedPipeline.from_pretrained(tmp_path)
     stock.set_progress_bar_config(disable=True)
     prompts = [s.caption() for s in SCENES]
-    assert torch.equal(stock(prompts, generator=torch.Generator().manual_seed(0), **call).images, bare)
+    again = stock(prompts, generator=torch.Generator().manual_seed(0), **call).images
+    torch.testing.assert_close(again, bare, atol=1e-3, rtol=0)
