@@ -29,6 +29,11 @@ class SiteActivations:
         return torch.cat(self._tensors)
 
     @property
+    def calls(self) -> int:
+        """How many calls of the module were seen."""
+        return len(self._tensors)
+
+    @property
     def timestep(self) -> torch.Tensor:
         return torch.tensor([t for t, _, _ in self._labels])
 
@@ -72,8 +77,23 @@ class SiteActivations:
         self._labels += [(context.timestep, context.branches[r // n], first_image + r % n) for r in range(len(x))]
 
 
+class AllSeen(Exception):
+    """Every site has been seen in the call of the pipeline that is on, and the rest of it is not needed."""
+
+
 class Activations(dict[str, SiteActivations]):
-    """`{path: SiteActivations}`, filled while `with pipe.capture(...)` is open."""
+    """`{path: SiteActivations}`, filled while `with pipe.capture(...)` is open.
+
+    With `once`, a call of the pipeline ends by `AllSeen` as soon as each site has been seen in it.
+    """
+
+    once = False
+
+    def take(self, site: Site, x: torch.Tensor, context: Context, first_image: int) -> None:
+        """Add one call's tensor `(rows, ...)` of a site; raises `AllSeen`."""
+        self[site.path].take(x, context, first_image)
+        if self.once and len({each.calls for each in self.values()}) == 1:
+            raise AllSeen
 
     def __missing__(self, path: str) -> SiteActivations:
         if path not in ALIASES:

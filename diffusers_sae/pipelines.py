@@ -202,7 +202,7 @@ class SAESteeringMixin:
         state = self._steering
 
         def take(site: Site, x: torch.Tensor, context: Context) -> None:
-            activations[site.path].take(x, context, state.first_image)
+            activations.take(site, x, context, state.first_image)
 
         hooks = [CaptureHook(place, take, lambda: state.armed) for place in places]
         with state.attached(list(zip(found, hooks, strict=True))):

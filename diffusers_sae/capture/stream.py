@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from ..activations import SiteActivations
+from ..activations import AllSeen, SiteActivations
 from ..errors import InputError
+from ..families import denoiser_of, family_of
 from ..sites import Site
 
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)
@@ -64,8 +65,12 @@ def stream_activations(
 
     With `images`, one for each prompt, nothing is generated: an img2img pipeline adds noise to each, once for each of
     the `strengths` (shares of the schedule, up to 1 for noise alone), and its denoiser is called once.
+
+    Where the denoiser is called once, it runs no further than to the last of the sites: for h-space
+    (`unet.mid_block`), without the up blocks.
     """
-    if first_step_only or images is not None:
+    once = first_step_only or images is not None
+    if once:
         call["callback_on_step_end"] = _stop
     if images is not None:
         check_images(pipe, strengths, call)
@@ -74,18 +79,31 @@ def stream_activations(
     while batch := list(islice(stream, batch_size)):
         n = len(batch)
         with pipe.capture(sites) as activations:
+            activations.once = once and _one_call_sees_all(pipe, sites)
             owns: list[dict[str, Any]] = [{}]
             if images is not None:
                 noised = _images_from(images, first, n)
                 owns = [{"image": noised, "strength": strength} for strength in strengths]
             for own in owns:
                 generators = [torch.Generator().manual_seed(seed + first + i) for i in range(n)]
-                pipe(batch, generator=generators, output_type="latent", **own, **call)
+                try:
+                    pipe(batch, generator=generators, output_type="latent", **own, **call)
+                except AllSeen:
+                    pipe.maybe_free_model_hooks()  # the last thing that a pipeline does
         if images is not None:
             for site in activations.values():
                 site.count_images_anew(n)
         yield StreamBatch(batch, first, dict(activations))
         first += n
+
+
+def _one_call_sees_all(pipe: Any, sites: Sequence[Site | str]) -> bool:
+    """Whether all sites lie in the denoiser, which is called for all branches at once, and may be left by an exception:
+    a compiled one may not."""
+    name, denoiser = denoiser_of(pipe)
+    inside = all(Site.of(site).path.startswith(f"{name}.") for site in sites)
+    compiled = any(module._compiled_call_impl is not None for module in denoiser.modules())
+    return inside and not compiled and not hasattr(denoiser, "_orig_mod") and not family_of(pipe).in_turn
 
 
 def check_images(pipe: Any, strengths: Sequence[float], call: Mapping[str, Any]) -> None:

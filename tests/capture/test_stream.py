@@ -34,6 +34,42 @@ def test_the_first_step_alone_is_the_first_of_all(sd):
     assert torch.equal(rows[0], whole.rows(SITE)[0][0])
 
 
+@pytest.fixture
+def modules_run(sd):
+    """The U-Net's blocks in the order in which they begin."""
+    unet, names = sd.pipe.unet, []
+    blocks = {"down": list(unet.down_blocks), "mid": [unet.mid_block], "up": list(unet.up_blocks)}
+    hooks = [
+        block.register_forward_pre_hook(lambda *a, name=name: names.append(name))
+        for name, each in blocks.items()
+        for block in each
+    ]
+    yield names
+    for hook in hooks:
+        hook.remove()
+
+
+def test_the_denoiser_runs_no_further_than_to_the_last_site(sd, modules_run):
+    """For h-space, that is the down path and the bottleneck; and what was seen there is the same."""
+    whole = next(stream_activations(sd.pipe, ["unet.mid_block"], PROMPTS, **CALL))
+    modules_run.clear()
+    sites = ["unet.mid_block", "unet.down_blocks.0"]
+    first = next(stream_activations(sd.pipe, sites, PROMPTS, first_step_only=True, **CALL))
+    assert modules_run == ["down"] * len(sd.pipe.unet.down_blocks) + ["mid"]
+    assert torch.equal(first.rows("unet.mid_block")[0], whole.rows("unet.mid_block")[0][:1])
+    assert not sd.pipe._steering.armed
+    modules_run.clear()
+    next(stream_activations(sd.pipe, sites, PROMPTS, **CALL))
+    assert modules_run.count("up") == 3 * len(sd.pipe.unet.up_blocks)
+
+
+def test_a_denoiser_that_is_called_branch_by_branch_is_not_left_after_the_first():
+    flux = Harness("Flux, true guidance")
+    call = {**flux.tiny.arguments, "num_inference_steps": 2}
+    batch = next(stream_activations(flux.pipe, [flux.tiny.site], ["ab"], first_step_only=True, **call))
+    assert set(batch.sites[flux.tiny.site].branch) == {"cond", "uncond"}
+
+
 def test_skipping_resumes_with_the_same_images(sd):
     whole = list(stream_activations(sd.pipe, [SITE], PROMPTS, batch_size=1, **CALL))
     rest = list(stream_activations(sd.pipe, [SITE], PROMPTS, batch_size=1, skip=3, **CALL))
