@@ -23,8 +23,9 @@ demo: $(VENV)/.demo
 evaluate: $(VENV)/.demo
 	$(BIN)/diffusers-sae evaluate
 
+# One process a core, with one thread each: the tests' pipelines are too small for more.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

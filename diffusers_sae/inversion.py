@@ -23,8 +23,8 @@ from diffusers import (
 )
 from PIL import Image
 
+from .autoencoding import encoded
 from .errors import InputError
-from .families import denoiser_of
 from .inverse_schedulers import InverseSteps, LastSteps, check_invertible
 from .pipelines import SAESteeringMixin
 
@@ -118,6 +118,7 @@ def invert(
     *,
     num_inference_steps: int = 50,
     iterations: int = 1,
+    decoder_iterations: int = 0,
     guidance_scale: float = 1.0,
     edited: bool = False,
 ) -> Inversion:
@@ -136,6 +137,9 @@ def invert(
         num_inference_steps: of a whole run from noise to image.
         iterations: calls of the model for each step. 1 is plain DDIM inversion; with 3, what `run` reconstructs
             is as near to the image as the autoencoder lets it be, at three times the cost.
+        decoder_iterations: how often the latents are moved to what decodes to an image nearer to the one given (decoder
+            inversion), which lets more than the autoencoder's own image come back; each costs a decoding and its
+            gradient. With 0 they are the encoder's.
         guidance_scale: 1 is none, as in h-space editing; higher ones make the inversion less exact.
         edited: the pipeline's plan is in force meanwhile, for an image that was made with it: `run` then makes it again
             with the same plan, and without it what it would have been.
@@ -144,7 +148,7 @@ def invert(
         InputError: anything above is wrong. Nothing is changed.
     """
     check_invertible_pipeline(pipe)
-    _check_numbers(pipe, to, num_inference_steps, iterations)
+    _check_numbers(pipe, to, num_inference_steps, iterations, decoder_iterations)
     images = _as_images(image, _multiple(pipe))
     prompts = _one_an_image(prompt, len(images))
     training_timesteps = pipe.scheduler.config.num_train_timesteps
@@ -154,7 +158,7 @@ def invert(
         twin.__class__ = _stock_class(pipe)
     size = images.shape[-2], images.shape[-1]
     latents = twin(
-        prompt=prompts, latents=_encoded(pipe, images), num_inference_steps=num_inference_steps,
+        prompt=prompts, latents=encoded(pipe, images, decoder_iterations), num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale, height=size[0], width=size[1], output_type="latent",
     ).images  # fmt: skip
     return Inversion(
@@ -171,16 +175,21 @@ def check_invertible_pipeline(pipe: Any) -> None:
     check_invertible(pipe.scheduler)
 
 
-def _check_numbers(pipe: Any, to: Any, num_inference_steps: Any, iterations: Any) -> None:
+def _check_numbers(pipe: Any, to: Any, num_inference_steps: Any, iterations: Any, decoder_iterations: Any) -> None:
     if not isinstance(to, (int, float)) or isinstance(to, bool) or not 0 < to <= 1:
         raise InputError(
             f"to={to!r} is no share of the noise schedule; pass a number in (0, 1], where 1 is pure noise."
         )
     most = pipe.scheduler.config.num_train_timesteps
-    for name, value, limit in (("num_inference_steps", num_inference_steps, most), ("iterations", iterations, None)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1 or (limit and value > limit):
+    limits = {
+        "num_inference_steps": (num_inference_steps, 1, most),
+        "iterations": (iterations, 1, None),
+        "decoder_iterations": (decoder_iterations, 0, None),
+    }
+    for name, (value, least, limit) in limits.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < least or (limit and value > limit):
             upper = f" to {limit}" if limit else " on"
-            raise InputError(f"{name}={value!r} is no number of them; pass a whole number from 1{upper}.")
+            raise InputError(f"{name}={value!r} is no number of them; pass a whole number from {least}{upper}.")
 
 
 def _multiple(pipe: Any) -> int:
@@ -226,22 +235,6 @@ def _one_an_image(prompt: Any, count: int) -> list[str]:
     if len(prompts) != count:
         raise InputError(f"There are {len(prompts)} prompts for {count} images; pass one for all, or one for each.")
     return list(prompts)
-
-
-@torch.no_grad()
-def _encoded(pipe: Any, images: torch.Tensor) -> torch.Tensor:
-    """The latents `(N, C, h, w)` of images `(N, 3, H, W)` in [0, 1]: the mode of the encoder's distribution."""
-    vae, dtype = pipe.vae, pipe.vae.dtype
-    overflows = dtype == torch.float16 and vae.config.force_upcast
-    try:
-        if overflows:
-            vae.to(torch.float32)
-        mode = vae.encode((2 * images - 1).to(pipe._execution_device, vae.dtype)).latent_dist.mode()
-    finally:
-        if overflows:
-            vae.to(dtype)
-    latents = (mode - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
-    return latents.to(denoiser_of(pipe)[1].dtype)
 
 
 def _with_scheduler(pipe: Any, scheduler: Any) -> Any:

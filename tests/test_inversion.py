@@ -146,6 +146,15 @@ def test_run_returns_to_the_image(harness, to):
     assert errors[1] < 2e-3 and errors[1] < errors[0]
 
 
+def test_the_decoders_inversion_brings_the_image_nearer(harness):
+    if hasattr(harness.bare, "unet"):
+        harness.bare.unet.conv_out.weight.data *= 0.05
+    call = {"to": 0.5, "num_inference_steps": 6, "iterations": 6}
+    plain, near = (invert(harness.bare, IMAGES, "ab", decoder_iterations=n, **call) for n in (0, 20))
+    errors = [(each.run(harness.bare, output_type="pt").images - IMAGES).square().mean() for each in (plain, near)]
+    assert errors[1] < 0.9 * errors[0]
+
+
 def test_images_of_every_type_are_read_alike(sd):
     image = Image.fromarray((IMAGES[0].permute(1, 2, 0) * 255).round().byte().numpy())
     tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
@@ -276,6 +285,7 @@ BAD = {
     "steps": ({"num_inference_steps": 0}, "1 to 1000"),
     "too many steps": ({"num_inference_steps": 1001}, "1 to 1000"),
     "iterations": ({"iterations": 0}, "from 1 on"),
+    "decoder iterations": ({"decoder_iterations": -1}, "from 0 on"),
 }
 
 

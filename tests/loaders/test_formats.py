@@ -162,7 +162,9 @@ KNOWN = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("repository", "folder", "asked", "site", "make"), KNOWN, ids=lambda v: str(v)[:40])
+@pytest.mark.parametrize(
+    ("repository", "folder", "asked", "site", "make"), KNOWN, ids=[each[0] + each[1] for each in KNOWN]
+)
 def test_known_repositories_tell_their_site(repository, folder, asked, site, make, tmp_path):
     hub = cache(tmp_path, repository, folder, lambda place: make(place, random()))
     sae = load_sae(repository, subfolder=asked, **hub)
