@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from ..capture import ActivationStore
+from ..capture.prefetch import prefetched
 from ..errors import InputError
 from ..saes import SparseAutoencoder
 from .trainer import CHECKPOINT, SAETrainer, TrainingConfig, read_checkpoint, write_checkpoint
@@ -61,6 +62,8 @@ def train_on_store(
     batches = store.batches(config.batch_size, seed=seed, epochs=epochs, skip=trainer.step_count)
     if index == 0:
         _cut_log(folder / "log.jsonl", trainer.step_count)
+    if trainer.device.type == "cuda":  # a processor that trains has no time to spare for reading ahead
+        batches = prefetched(batches, pin=True)
     remaining = islice(batches, config.steps - trainer.step_count)
     with tqdm(
         remaining, total=config.steps, initial=trainer.step_count, desc="steps", mininterval=1, disable=index > 0

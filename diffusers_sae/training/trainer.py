@@ -144,7 +144,7 @@ class SAETrainer:
         `weights (N,)` say how much each row counts in the FVU.
         """
         sae, config = self.sae, self.config
-        x = rows.to(self.device) * self.scale
+        x = rows.to(self.device, non_blocking=True) * self.scale
         sparsity = config.sparsity * min(1.0, (self.step_count + 1) / max(1.0, config.sparsity_warmup * config.steps))
         found = objective(sae, x, weights, sparsity, config.bandwidth)
         dead = self.rows_since_fired >= config.dead_after
