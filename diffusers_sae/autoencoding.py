@@ -55,9 +55,11 @@ def _nearest(vae: Any, latents: torch.Tensor, wanted: torch.Tensor, iterations: 
 def _in_float32(module: torch.nn.Module, wanted: bool) -> Iterator[None]:
     """The module in fp32 if that is wanted, and as it was afterwards."""
     dtype: torch.dtype = module.dtype  # type: ignore[assignment]
+    if not wanted or dtype == torch.float32:
+        yield
+        return
     try:
-        if wanted:
-            module.to(torch.float32)
+        module.to(torch.float32)
         yield
     finally:
         module.to(dtype)
