@@ -33,8 +33,8 @@ SEED = 987_654  # no training run of the demo world has it
 STEPS = (10, 20, 50, 100)
 SHARES = (0.5, 0.7, 1.0)
 ITERATIONS = (1, 3)
-DECODER = (10, 30)
-"""Iterations of the decoder's inversion, to pure noise, which goes beyond the autoencoder's bound."""
+DECODER = ((1, 3), (3, 10))
+"""Iterations a step, and of the decoder's inversion, which goes beyond the autoencoder's bound."""
 SHOWN = ((10, 1.0, 1), (20, 1.0, 1), (50, 1.0, 1), (20, 1.0, 3))
 
 
@@ -164,17 +164,18 @@ def main() -> None:
                 record(name, inversion.latents, found, seconds, **what)
                 if shown:
                     rows.append((f"{steps} steps, {iterations} iteration{'s' * (iterations > 1)} a step", found))
-    for decoder in DECODER:
+    for iterations, decoder in DECODER:
         for steps in STEPS[:3]:
-            name, shown = f"{steps} steps, to 1.0, 1 iterations, decoder {decoder}", steps == STEPS[2]
+            name, shown = f"{steps} steps, to 1.0, {iterations} iterations, decoder {decoder}", steps == STEPS[2]
             if name in figures["runs"] and not shown:
                 continue
             start = time.perf_counter()
-            inversion, found = ours(pipe, images, prompts, steps, 1.0, 1, decoder)
+            inversion, found = ours(pipe, images, prompts, steps, 1.0, iterations, decoder)
             seconds = time.perf_counter() - start
-            record(name, inversion.latents, found, seconds, steps=steps, to=1.0, decoder_iterations=decoder)
+            what = {"steps": steps, "to": 1.0, "iterations": iterations, "decoder_iterations": decoder}
+            record(name, inversion.latents, found, seconds, **what)
             if shown:
-                rows.append((f"{steps} steps, {decoder} iterations of the decoder's inversion", found))
+                rows.append((f"{steps} steps, {iterations} a step, {decoder} of the decoder's inversion", found))
     for steps in STEPS[:3]:
         name = f"{steps} steps, DDIMInverseScheduler"
         if name not in figures["runs"]:

@@ -10,7 +10,7 @@ import torch
 
 from .families import denoiser_of
 
-RATE = 0.05
+RATE = 0.02
 """Adam's step, in deviations of an image's latents."""
 
 

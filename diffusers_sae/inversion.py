@@ -139,7 +139,8 @@ def invert(
             is as near to the image as the autoencoder lets it be, at three times the cost.
         decoder_iterations: how often the latents are moved to what decodes to an image nearer to the one given (decoder
             inversion), which lets more than the autoencoder's own image come back; each costs a decoding and its
-            gradient. With 0 they are the encoder's.
+            gradient. With 0 they are the encoder's. Many lead to latents that the denoiser does not know: with more
+            than about 3, take 3 `iterations` a step.
         guidance_scale: 1 is none, as in h-space editing; higher ones make the inversion less exact.
         edited: the pipeline's plan is in force meanwhile, for an image that was made with it: `run` then makes it again
             with the same plan, and without it what it would have been.
