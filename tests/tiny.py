@@ -193,13 +193,13 @@ def kandinsky(cls: type = KandinskyV22Pipeline):
     )
     movq = VQModel(
         block_out_channels=[32, 64],
-        down_block_types=["DownEncoderBlock2D", "AttnDownEncoderBlock2D"],
+        down_block_types=["DownEncoderBlock2D", "DownEncoderBlock2D"],
         latent_channels=4,
         layers_per_block=1,
         norm_num_groups=8,
         norm_type="spatial",
         num_vq_embeddings=12,
-        up_block_types=["AttnUpDecoderBlock2D", "UpDecoderBlock2D"],
+        up_block_types=["UpDecoderBlock2D", "UpDecoderBlock2D"],
         vq_embed_dim=4,
     )
     return cls(unet=unet.eval(), scheduler=DDIMScheduler(clip_sample=False), movq=movq.eval())
@@ -530,17 +530,17 @@ PIPELINES: dict[str, Tiny] = {
         partial(sdxl, StableDiffusionXLImg2ImgPipeline),
         {"image": picture(), "strength": 0.7, "guidance_scale": 5.0},
     ),
-    "Kandinsky 2.2": Tiny(kandinsky, {"height": 64, "width": 64, "guidance_scale": 4.0}, MAP, 64),
+    "Kandinsky 2.2": Tiny(kandinsky, {"height": 32, "width": 32, "guidance_scale": 4.0}, MAP, 64),
     "Kandinsky 2.2 combined": Tiny(
         kandinsky_combined,
-        {"height": 64, "width": 64, "guidance_scale": 4.0, "prior_num_inference_steps": 2},
+        {"height": 32, "width": 32, "guidance_scale": 4.0, "prior_num_inference_steps": 2},
         MAP,
         64,
     ),
     "Stable unCLIP img2img": Tiny(unclip, {**SQUARE, "image": picture(), "noise_level": 3}),
     "Kandinsky 2.2 img2img": Tiny(
         partial(kandinsky, KandinskyV22Img2ImgPipeline),
-        {"height": 64, "width": 64, "guidance_scale": 4.0, "image": picture(64), "strength": 0.7},
+        {"height": 32, "width": 32, "guidance_scale": 4.0, "image": picture(32), "strength": 0.7},
         MAP,
         64,
     ),

@@ -1,7 +1,8 @@
 """emoji-kandinsky: emoji-sd's U-Net and autoencoder as a Kandinsky 2.2 decoder of image embeddings, and a small prior
 that makes such embeddings from prompts.
 
-Of the U-Net only what reads the embedding was trained; the rest is emoji-sd's, bit for bit, so that little is shipped.
+An embedding is a linear code of the states that emoji-sd's U-Net reads of a caption, which the decoder's projection
+turns back into those states; the rest of the U-Net is emoji-sd's, bit for bit.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ KANDINSKY_CALL: dict[str, Any] = {
 }  # fmt: skip
 """How emoji-kandinsky draws best; `height=64, width=64` besides."""
 
-READS_THE_EMBEDDING = ("encoder_hid_proj.", "add_embedding.", ".attn2.")
-"""Parts of the names of the decoder's tensors that were trained."""
+READS_THE_EMBEDDING = ("encoder_hid_proj.", "add_embedding.")
+"""Beginnings of the names of the decoder's tensors that emoji-sd's U-Net has not."""
 
 
 def new_decoder(unet: UNet2DConditionModel, width: int) -> UNet2DConditionModel:
@@ -63,8 +64,8 @@ def new_decoder(unet: UNet2DConditionModel, width: int) -> UNet2DConditionModel:
 
 
 def reads_the_embedding(name: str) -> bool:
-    """Whether a tensor of the decoder has been trained."""
-    return any(part in name for part in READS_THE_EMBEDDING)
+    """Whether a tensor is of what the decoder has beyond emoji-sd's U-Net."""
+    return name.startswith(READS_THE_EMBEDDING)
 
 
 def movq_of(vae: AutoencoderKL) -> VQModel:

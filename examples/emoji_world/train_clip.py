@@ -1,9 +1,7 @@
 """Train emoji-clip, both towers and the tokenizer: `python train_clip.py`. Writes `emoji-clip` and the text side of
 `emoji-sd`.
 
-Contrastive training (Radford et al., 2021) of images against captions. `--freeze-text` then goes on with the vision
-tower alone, for emoji-kandinsky: images are drawn to the embeddings of their full captions, in which the factors add up
-far more nearly than in those of images, so that they can be edited one by one.
+Contrastive training (Radford et al., 2021) of images against captions.
 """
 
 from __future__ import annotations
@@ -69,43 +67,28 @@ class TwoTowers(nn.Module):
 
 
 def main() -> None:
-    parser = arguments(__doc__, steps=450, batch=256, lr=1e-3)
-    parser.add_argument("--freeze-text", action="store_true")
-    args = parser.parse_args()
+    args = arguments(__doc__, steps=450, batch=256, lr=1e-3).parse_args()
     canvas = Canvas(args.world / "sprites.npz")
     tokenizer = new_tokenizer()
     towers = TwoTowers(tokenizer).to(args.device)
-    towers.text.requires_grad_(not args.freeze_text)
 
     def losses(step: int, rng: random.Random) -> Losses:
         scenes = [sample_scene(rng) for _ in range(args.batch)]
         pixels = to_tensor([canvas.render(s, rng) for s in scenes], args.device)
-        captions = [s.caption() if args.freeze_text else sample_caption(s, rng) for s in scenes]
+        captions = [sample_caption(s, rng) for s in scenes]
         read = towers.text(tokenize(tokenizer, captions, args.device)).text_embeds.float()  # (N, 128)
         seen = towers.vision(pixels).image_embeds.float()  # (N, 128)
         logits = towers.log_scale.exp().clamp(max=100) * F.normalize(seen, dim=-1) @ F.normalize(read, dim=-1).T
         target = torch.arange(args.batch, device=logits.device)
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-        parts = {"top1": (logits.argmax(-1) == target).float().mean()}
-        if args.freeze_text:
-            parts["fvu"] = (seen - read).square().sum() / (read - read.mean(0)).square().sum()
-            loss = loss + 2 * parts["fvu"]
-        return {"loss": loss, **{name: x.detach() for name, x in parts.items()}}
+        return {"loss": loss, "top1": (logits.argmax(-1) == target).float().mean().detach()}
 
-    if args.freeze_text:
-        for tower, cls, name in (
-            (towers.text, CLIPTextModelWithProjection, "text_encoder"),
-            (towers.vision, CLIPVisionModelWithProjection, "image_encoder"),
-        ):
-            tower.load_state_dict(cls.from_pretrained(args.world / "emoji-clip" / name).state_dict())
-    fit(towers, losses, args, name="clip_vision" if args.freeze_text else "clip", every=50, weight_decay=0.05)
+    fit(towers, losses, args, name="clip", every=50, weight_decay=0.05)
     clip = args.world / "emoji-clip"
-    towers.vision.save_pretrained((args.world / "emoji-kandinsky" if args.freeze_text else clip) / "image_encoder")
+    towers.vision.save_pretrained(clip / "image_encoder")
     CLIPImageProcessor(
         size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}, image_mean=[0.5] * 3, image_std=[0.5] * 3
     ).save_pretrained(clip / "image_processor")
-    if args.freeze_text:
-        return
     towers.text.save_pretrained(clip / "text_encoder")
     tokenizer.save_pretrained(clip / "tokenizer")
     CLIPTextModel.from_pretrained(clip / "text_encoder").save_pretrained(args.world / "emoji-sd" / "text_encoder")

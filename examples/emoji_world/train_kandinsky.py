@@ -1,9 +1,10 @@
-"""Train emoji-kandinsky: `python train_kandinsky.py`. Writes `emoji-kandinsky`: what its decoder and its prior learned,
-and an SAE of the embeddings between them.
+"""Train emoji-kandinsky: `python train_kandinsky.py`. Writes `emoji-kandinsky`: an image tower, a prior, an SAE of the
+embeddings between them, and what the decoder has that emoji-sd's U-Net has not.
 
-Needs `emoji-sd`, and `train_clip.py --freeze-text`. The decoder is emoji-sd's U-Net, in which what reads the text is
-trained to read image embeddings instead: first to give what the U-Net was given for the caption, then by the loss that
-the U-Net was trained with. The prior predicts embeddings from captions (Ramesh et al., 2022, section 2.2).
+An embedding is a linear code of what the U-Net reads of the image's full caption: principal components of the text
+encoder's states. The decoder turns it back by the one linear map that Kandinsky's decoders have, so that its U-Net
+needs no training. The image tower learns to see the code in a picture, the prior to predict it from captions (Ramesh
+et al., 2022, section 2.2).
 """
 
 from __future__ import annotations
@@ -12,48 +13,125 @@ import argparse
 import json
 import random
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from canvas import Canvas
-from diffusers import PriorTransformer, StableDiffusionPipeline, UnCLIPScheduler, UNet2DConditionModel
-from loop import Losses, arguments, fit, mosaic, to_tensor
+from diffusers import PriorTransformer, StableDiffusionPipeline, UnCLIPScheduler
+from loop import Losses, arguments, fit
 from safetensors.torch import save_file
 from tqdm import tqdm
-from train_unet import cache_latents
 from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
 from diffusers_sae import MatryoshkaSAE
-from diffusers_sae.checksums import sha256
-from diffusers_sae.demo.kandinsky import decoder_pipeline, movq_of, new_decoder, new_prior, reads_the_embedding
-from diffusers_sae.demo.world import Scene, sample_caption, sample_scene
+from diffusers_sae.demo.kandinsky import new_decoder, new_prior, reads_the_embedding
+from diffusers_sae.demo.world import Scene, leave_out, sample_caption, sample_scene
 from diffusers_sae.evaluation.reconstruction import ReconstructionMeter
 from diffusers_sae.saes import SparseAutoencoder, StatisticsAccumulator
 from diffusers_sae.training import TrainingConfig
 from diffusers_sae.training.from_rows import train_on_rows
 
-CACHED = 98304
-"""Latents that the training of emoji-sd left."""
 HELD_OUT = 2048
-"""Scenes, the last ones, that the SAE is measured on."""
+"""Scenes, the last ones, whose renders nothing is trained on: figures are of these."""
+
+
+@dataclass
+class CaptionCode:
+    """`code (N, d)` of captions' states `(N, T, D)` and back, `states = code @ basis + mean`, before the text encoder's
+    last affine map."""
+
+    sd: StableDiffusionPipeline
+    mean: torch.Tensor
+    basis: torch.Tensor
+
+    @classmethod
+    def learned(cls, sd: StableDiffusionPipeline, width: int, captions: int = 8192) -> CaptionCode:
+        """From full captions, some with factors left out, and the empty one, which guidance needs."""
+        rng = random.Random(-11)
+        scenes = [sample_scene(rng) for _ in range(captions)]
+        texts = [(leave_out(s, rng) if i % 4 == 0 else s).caption() for i, s in enumerate(scenes)]
+        code = cls(sd, torch.zeros(()), torch.zeros(()))
+        states = code.states(texts + [""] * 64)
+        torch.manual_seed(0)
+        _, spread, basis = torch.pca_lowrank(states, q=width + 64, niter=6)
+        scale = (spread[:width].square().sum() / len(states) / width).sqrt()  # codes have mean square 1
+        return cls(sd, states.mean(0), scale * basis[:, :width].T.contiguous())
+
+    @torch.no_grad()
+    def states(self, captions: list[str]) -> torch.Tensor:
+        """`(N, T D)` in front of the last affine map."""
+        norm, found = self.norm, []
+        for start in range(0, len(captions), 512):
+            tokens = self.sd.tokenizer(
+                captions[start : start + 512], padding="max_length", truncation=True, return_tensors="pt"
+            )
+            read = self.sd.text_encoder(tokens.input_ids.to(norm.weight.device)).last_hidden_state
+            found.append(((read - norm.bias) / norm.weight).flatten(1))
+        return torch.cat(found)
+
+    @property
+    def norm(self) -> torch.nn.LayerNorm:
+        encoder = self.sd.text_encoder
+        return getattr(encoder, "text_model", encoder).final_layer_norm
+
+    def __call__(self, captions: list[str]) -> torch.Tensor:
+        return (self.states(captions) - self.mean) @ self.basis.T / self.basis[0].square().sum()
+
+    @torch.no_grad()
+    def write_to(self, decoder: torch.nn.Module) -> None:
+        """Make the decoder's projection of embeddings the way back; more tokens than the text has are its last one."""
+        projection, norm = decoder.encoder_hid_proj, self.norm
+        size, count = norm.weight.shape[0], projection.num_image_text_embeds
+        for linear, x in ((projection.image_embeds.weight, self.basis.T), (projection.image_embeds.bias, self.mean)):
+            tokens = x.unflatten(0, (-1, size))  # (T, D, ...)
+            last = tokens[-1:].expand(count - len(tokens), *tokens.shape[1:])
+            linear.copy_(torch.cat([tokens, last]).flatten(0, 1))
+        projection.norm.load_state_dict(norm.state_dict())
 
 
 @dataclass
 class Data:
-    """Scenes, their latents `(N, 4, 16, 16)` and embeddings `(N, d)`, and the models that made these."""
+    """What all models are trained from."""
 
     args: argparse.Namespace
     sd: StableDiffusionPipeline
-    encoder: CLIPVisionModelWithProjection
     text: CLIPTextModelWithProjection
+    encoder: CLIPVisionModelWithProjection
+    code: CaptionCode
     canvas: Canvas
-    scenes: list[Scene]
-    latents: np.ndarray
-    embeds: torch.Tensor
-    name: str
-    """Prefix of the checkpoints, which no other image encoder goes on with."""
+
+    @cached_property
+    def scenes(self) -> list[Scene]:
+        rng = random.Random(-5)
+        return [sample_scene(rng) for _ in range(self.args.scenes)]
+
+    @cached_property
+    def images(self) -> torch.Tensor:
+        """A render of each scene, `(count, 64, 64, 3)`."""
+        found = torch.empty(len(self.scenes), 64, 64, 3, dtype=torch.uint8)
+        for i, scene in enumerate(tqdm(self.scenes, desc="renders")):
+            found[i] = torch.from_numpy(np.asarray(self.canvas.render(scene, random.Random(i))))
+        return found
+
+    def pixels(self, indices: list[int] | range) -> torch.Tensor:
+        """`(N, 3, 64, 64)` in [-1, 1]."""
+        return self.images[list(indices)].permute(0, 3, 1, 2).to(self.args.device).float() / 127.5 - 1
+
+    @cached_property
+    def codes(self) -> torch.Tensor:
+        """`(count, d)` of the scenes' full captions, in their first wording."""
+        return self.code([scene.caption() for scene in self.scenes])
+
+    @cached_property
+    @torch.no_grad()
+    def embeds(self) -> torch.Tensor:
+        """`(count, d)` of the renders."""
+        starts = range(0, len(self.scenes), 128)
+        return torch.cat(
+            [self.encoder(self.pixels(range(i, min(i + 128, len(self.scenes))))).image_embeds for i in starts]
+        )
 
     def tokens(self, captions: list[str]):
         found = self.sd.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
@@ -65,98 +143,39 @@ class Data:
 
 
 def data_of(args: argparse.Namespace) -> Data:
-    def load(cls, *path: str):
-        return cls.from_pretrained(args.world.joinpath(*path)).to(args.device)
+    def load(cls, name: str):
+        return cls.from_pretrained(args.world / "emoji-clip" / name).to(args.device)
 
     sd = StableDiffusionPipeline.from_pretrained(args.world / "emoji-sd", safety_checker=None).to(args.device)
-    encoder = load(CLIPVisionModelWithProjection, "emoji-kandinsky", "image_encoder").eval()
-    text = load(CLIPTextModelWithProjection, "emoji-clip", "text_encoder").eval()
-    name = "kandinsky-" + sha256(args.world / "emoji-kandinsky" / "image_encoder" / "model.safetensors")[:8]
-    canvas, folder = Canvas(args.world / "sprites.npz"), args.world / "training"
-    latents, scenes = cache_latents(folder / "latents.npy", canvas, sd.vae, CACHED, args.device)
-    scenes = scenes[: args.scenes]
-    embeds = cache_embeds(folder / f"{name}-embeds.npy", canvas, encoder, scenes, args.device)
-    return Data(args, sd, encoder, text, canvas, scenes, latents, embeds, name)
+    sd.to(torch.float32)
+    encoder = load(CLIPVisionModelWithProjection, "image_encoder").float()
+    code = CaptionCode.learned(sd, encoder.config.projection_dim)
+    text = load(CLIPTextModelWithProjection, "text_encoder").float().eval()
+    return Data(args, sd, text, encoder, code, Canvas(args.world / "sprites.npz"))
 
 
-@torch.no_grad()
-def cache_embeds(
-    path: Path, canvas: Canvas, encoder: CLIPVisionModelWithProjection, scenes: list[Scene], device: str
-) -> torch.Tensor:
-    """(count, d), also on disk, of the renders that the cached latents were made of."""
-    if not path.exists():
-        found = []
-        for start in tqdm(range(0, len(scenes), 64), desc="embeds"):
-            images = [canvas.render(s, random.Random(start + i)) for i, s in enumerate(scenes[start : start + 64])]
-            found.append(encoder(to_tensor(images, device)).image_embeds.cpu().numpy())
-        partial = path.with_suffix(".part.npy")
-        np.save(partial, np.concatenate(found))
-        partial.rename(path)
-    return torch.from_numpy(np.load(path)).to(device)
-
-
-def trained_decoder(data: Data) -> UNet2DConditionModel:
-    args, sd, device = data.args, data.sd, data.args.device
-    with torch.no_grad():
-        nothing = data.encoder(torch.zeros(1, 3, 64, 64, device=device)).image_embeds
-    spread = data.embeds.std(0)
-
-    def some(rng: random.Random, count: int) -> tuple[list[int], torch.Tensor, torch.Tensor]:
-        """Indices, embeddings with a little noise, and which of them are left out."""
-        picks = sorted(rng.randrange(len(data.scenes)) for _ in range(count))
-        x = data.embeds[picks]
-        left_out = torch.rand(count, 1, device=device) < 0.1
-        return picks, torch.where(left_out, nothing, x + 0.1 * spread * torch.randn_like(x)), left_out[:, 0]
-
-    decoder = new_decoder(sd.unet, data.encoder.config.projection_dim).to(device, memory_format=torch.channels_last)
-    for name, parameter in decoder.named_parameters():
-        parameter.requires_grad_(reads_the_embedding(name))
-    projection = decoder.encoder_hid_proj
-
-    def start_losses(step: int, rng: random.Random) -> Losses:
-        picks, x, left_out = some(rng, 256)
-        captions = ["" if gone else data.scenes[i].caption() for i, gone in zip(picks, left_out.tolist(), strict=True)]
-        with torch.no_grad():
-            states = sd.text_encoder(data.tokens(captions).input_ids).last_hidden_state
-            more = projection.num_image_text_embeds - states.shape[1]
-            states = torch.cat([states, states[:, -1:].expand(-1, more, -1)], 1)
-        return {"loss": F.mse_loss(projection(x), states)}
-
-    fit(projection, start_losses, data.like(steps=args.start_steps, lr=5e-3), name=f"{data.name}-start", every=100)
-    alpha_bar = sd.scheduler.alphas_cumprod.to(device)
-    snr = alpha_bar / (1 - alpha_bar)
-    weight = snr.clamp(max=5) / (snr + 1)
+def train_image_tower(data: Data) -> None:
+    """By the squared error of the code of the full caption; of an image of zeros, which Kandinsky's pipelines take for
+    nothing, that of the empty caption."""
+    args, encoder = data.args, data.encoder
+    codes, nothing = data.codes[:-HELD_OUT], data.code([""])
+    with torch.no_grad():  # begin with the caption's average
+        encoder.visual_projection.weight.mul_(0.1)
 
     def losses(step: int, rng: random.Random) -> Losses:
-        picks, condition, _ = some(rng, args.batch)
-        x = torch.from_numpy(data.latents[picks].astype(np.float32)).to(device)
-        t = torch.randint(0, len(alpha_bar), (len(x),)).to(device)
-        noise = torch.randn(x.shape).to(device)
-        noisy = sd.scheduler.add_noise(x, noise, t).contiguous(memory_format=torch.channels_last)
-        found = decoder(noisy, t, None, added_cond_kwargs={"image_embeds": condition}).sample[:, : x.shape[1]]
-        error = (found.float() - sd.scheduler.get_velocity(x, noise, t)).square().mean((1, 2, 3))
-        return {"loss": (weight[t] * error).mean(), "mse": error.detach().mean()}
+        picks = [rng.randrange(len(codes)) for _ in range(args.batch)]
+        pixels, wanted = data.pixels(picks), torch.cat([codes[picks], nothing])
+        seen = encoder(torch.cat([pixels, torch.zeros_like(pixels[:1])])).image_embeds.float()
+        error = F.mse_loss(seen, wanted)
+        return {"loss": error, "fvu": (error / (wanted - wanted.mean(0)).square().mean()).detach()}
 
-    pipe, rng = decoder_pipeline(decoder, sd.scheduler, movq_of(sd.vae)), random.Random(-7)
-    originals = [data.canvas.render(sample_scene(rng), rng) for _ in range(32)]
-
-    @torch.no_grad()
-    def sheet():
-        given = data.encoder(to_tensor(originals, device)).image_embeds
-        images = pipe(
-            given, nothing.expand_as(given), height=64, width=64, num_inference_steps=20, guidance_scale=2.0,
-            generator=torch.Generator().manual_seed(0),
-        ).images  # fmt: skip
-        return mosaic([x for pair in zip(originals, images, strict=True) for x in pair], 16)
-
-    fit(decoder, losses, args, name=data.name, sheet=sheet, every=50, ema_decay=0.998)
-    return decoder
+    fit(encoder, losses, args, name="kandinsky-tower", every=50, weight_decay=0.05)
 
 
 def trained_prior(data: Data, scheduler: UnCLIPScheduler) -> PriorTransformer:
-    """By the squared error of the embedding that it predicts from a noisy one."""
+    """By the squared error of the code that it predicts from a noisy one and a caption that may leave parts out."""
     args, device = data.args, data.args.device
-    prior = new_prior(data.text, data.embeds).to(device)
+    prior = new_prior(data.text, data.codes).to(device)
     alpha_bar = scheduler.alphas_cumprod.to(device)
 
     def losses(step: int, rng: random.Random) -> Losses:
@@ -165,7 +184,7 @@ def trained_prior(data: Data, scheduler: UnCLIPScheduler) -> PriorTransformer:
         tokens = data.tokens(captions)
         with torch.no_grad():
             read = data.text(tokens.input_ids)
-        x = (data.embeds[picks] - prior.clip_mean) / prior.clip_std
+        x = (data.codes[picks] - prior.clip_mean) / prior.clip_std
         t = torch.randint(0, len(alpha_bar), (len(x),)).to(device)
         a = alpha_bar[t][:, None]
         noisy = a.sqrt() * x + (1 - a).sqrt() * torch.randn(x.shape).to(device)
@@ -173,7 +192,7 @@ def trained_prior(data: Data, scheduler: UnCLIPScheduler) -> PriorTransformer:
         found = prior(noisy, t, read.text_embeds, read.last_hidden_state, mask).predicted_image_embedding
         return {"loss": F.mse_loss(found.float(), x)}
 
-    fit(prior, losses, data.like(steps=args.prior_steps, lr=2e-3), name=f"{data.name}-prior", every=100)
+    fit(prior, losses, data.like(steps=args.prior_steps, lr=2e-3), name="kandinsky-prior", every=100)
     return prior
 
 
@@ -196,27 +215,27 @@ def trained_sae(data: Data) -> tuple[SparseAutoencoder, dict[str, float]]:
 
 
 def main() -> None:
-    parser = arguments(__doc__, steps=450, batch=48, lr=1e-3)
-    parser.add_argument("--scenes", type=int, default=24576)
-    parser.add_argument("--start-steps", type=int, default=400)
+    parser = arguments(__doc__, steps=700, batch=128, lr=8e-4)
+    parser.add_argument("--scenes", type=int, default=16384)
     parser.add_argument("--prior-steps", type=int, default=1200)
     parser.add_argument("--sae-steps", type=int, default=3000)
     parser.add_argument("--latents", type=int, default=512)
     parser.add_argument("--k", type=int, default=8)
     args = parser.parse_args()
     data, out = data_of(args), args.world / "emoji-kandinsky"
-    sae, figures = trained_sae(data)
-    print("SAE", figures, flush=True)
-    decoder = trained_decoder(data)
-    scheduler = UnCLIPScheduler(prediction_type="sample", variance_type="fixed_small_log", clip_sample_range=5.0)
-    prior = trained_prior(data, scheduler)
-    out.mkdir(exist_ok=True)
+    train_image_tower(data)
+    data.encoder.save_pretrained(out / "image_encoder")
+    decoder = new_decoder(data.sd.unet, data.encoder.config.projection_dim)
+    data.code.write_to(decoder)
     learned = {name: x.contiguous() for name, x in decoder.state_dict().items() if reads_the_embedding(name)}
     save_file(learned, out / "decoder.safetensors")
-    prior.save_pretrained(out / "prior")
-    scheduler.save_pretrained(out / "prior_scheduler")
+    sae, figures = trained_sae(data)
+    print("SAE", figures, flush=True)
     sae.save_pretrained(out / "sae")
     (out / "sae" / "held_out.json").write_text(json.dumps(figures, indent=1) + "\n")
+    scheduler = UnCLIPScheduler(prediction_type="sample", variance_type="fixed_small_log", clip_sample_range=5.0)
+    trained_prior(data, scheduler).save_pretrained(out / "prior")
+    scheduler.save_pretrained(out / "prior_scheduler")
 
 
 if __name__ == "__main__":

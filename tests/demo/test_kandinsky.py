@@ -42,25 +42,24 @@ def test_only_what_reads_the_embedding_differs_from_emoji_sds_unet(pipe):
 
 
 def test_it_draws_what_prompts_ask_for_and_the_sae_turns_it(pipe, tmp_path):
-    call = {**KANDINSKY_CALL, "height": 64, "width": 64, "output_type": "pt"}
+    prompts = [scene.caption() for scene in SCENES]
+    short = {**KANDINSKY_CALL, "num_inference_steps": 3, "prior_num_inference_steps": 2}
 
-    def seen(**more):
-        images = pipe([s.caption() for s in SCENES], generator=torch.Generator().manual_seed(0), **call, **more).images
-        return images, look(load_judge(), list(images))
+    def images(pipe, call):
+        generator = torch.Generator().manual_seed(0)
+        return pipe(prompts, generator=generator, height=64, width=64, output_type="pt", **call).images
 
-    bare, found = seen()
+    found = look(load_judge(), list(images(pipe, KANDINSKY_CALL)))
     assert sum(f["background"][0] == s.background for f, s in zip(found, SCENES, strict=True)) == len(SCENES)
     assert sum(f["object"][0] == s.object for f, s in zip(found, SCENES, strict=True)) >= 3
-    sae = load_sae(MODELS / "emoji-kandinsky" / "sae")
+    bare, sae = images(pipe, short), load_sae(MODELS / "emoji-kandinsky" / "sae")
     pipe.load_sae(sae)
-    assert torch.equal(seen()[0], bare)
+    assert torch.equal(images(pipe, short), bare)
     pipe.steer({int(sae.statistics.mean.mean(0).argmax()): 20.0})
-    assert not torch.equal(seen()[0], bare)
+    assert not torch.equal(images(pipe, short), bare)
     pipe.unload_sae()
-    assert torch.equal(seen()[0], bare)
+    assert torch.equal(images(pipe, short), bare)
     pipe.save_pretrained(tmp_path)
     stock = KandinskyV22CombinedPipeline.from_pretrained(tmp_path)
     stock.set_progress_bar_config(disable=True)
-    prompts = [s.caption() for s in SCENES]
-    again = stock(prompts, generator=torch.Generator().manual_seed(0), **call).images
-    torch.testing.assert_close(again, bare, atol=1e-3, rtol=0)
+    torch.testing.assert_close(images(stock, short), bare, atol=1e-3, rtol=0)

@@ -7,11 +7,11 @@ the N n of a dense code.
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
-from torch import nn
+
+from .products import gathered, rows_of, sampled
 
 HELD = 2**26
 """Pre-activations that are held at a time: 256 MiB."""
@@ -137,10 +137,7 @@ def transposed_product(
 ) -> torch.Tensor:
     """`Zᵀ x`, `(n, d)`, for a code Z `(N, n)` and `x (N, d)`."""
     order = indices.argsort(stable=True)  # so that sums are taken in the same order each time
-    rows = torch.repeat_interleave(offsets.diff(), output_size=len(indices))
-    return nn.functional.embedding_bag(
-        rows[order], x, starts(indices, n)[:-1], per_sample_weights=values[order], mode="sum"
-    )
+    return gathered(values[order], rows_of(offsets, len(indices))[order], starts(indices, n), x)
 
 
 def starts(numbers: torch.Tensor, bins: int) -> torch.Tensor:
@@ -159,11 +156,7 @@ def even(indices: torch.Tensor) -> torch.Tensor:
 def _sampled(
     x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, indices: torch.Tensor, offsets: torch.Tensor
 ) -> torch.Tensor:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-        zeros = x.new_zeros(len(indices))
-        where = torch.sparse_csr_tensor(offsets, indices, zeros, (len(x), len(W)), check_invariants=False)
-        found = torch.sparse.sampled_addmm(where, x, W.T, beta=0.0).values()
+    found = sampled(x, W, indices, offsets)
     return found if b is None else found + b[indices]
 
 
@@ -186,7 +179,7 @@ class _SampledLinear(torch.autograd.Function):
         x, W, indices, offsets = ctx.saved_tensors
         by_x = by_weight = by_bias = None
         if ctx.needs_input_grad[0]:
-            by_x = nn.functional.embedding_bag(indices, W, offsets[:-1], per_sample_weights=grad, mode="sum")
+            by_x = gathered(grad, indices, offsets, W)
         if ctx.needs_input_grad[1]:
             by_weight = transposed_product(grad, indices, offsets, len(W), x)
         if ctx.needs_input_grad[2]:
@@ -200,7 +193,7 @@ class _RaggedDecode(torch.autograd.Function):
         ctx: Any, values: torch.Tensor, indices: torch.Tensor, offsets: torch.Tensor, W_dec: torch.Tensor
     ) -> torch.Tensor:
         ctx.save_for_backward(values, indices, offsets, W_dec)
-        return nn.functional.embedding_bag(indices, W_dec, offsets[:-1], per_sample_weights=values, mode="sum")
+        return gathered(values, indices, offsets, W_dec)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
