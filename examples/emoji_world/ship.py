@@ -31,9 +31,7 @@ python examples/emoji_world/train_unet.py
 python examples/emoji_world/train_judge.py
 python examples/emoji_world/train_sae.py
 python examples/emoji_world/choose_steering.py
-python examples/emoji_world/train_clip.py --freeze-text --steps 320 --batch 192 --lr 6e-4
 python examples/emoji_world/train_kandinsky.py
-python examples/emoji_world/train_kandinsky.py --steps 900
 python examples/emoji_world/ship.py"""
 
 CARD = """\
@@ -120,11 +118,12 @@ def kandinsky(source: Path, target: Path) -> None:
         target,
         "emoji-kandinsky",
         "diffusers",
-        "A Kandinsky 2.2 in small: an image tower, which is emoji-clip's after it went on alone towards the embeddings "
-        "of full captions, a prior from captions to its embeddings, and a decoder of these, "
-        "which is emoji-sd's U-Net with other attention to its condition (`decoder.safetensors` holds what differs). "
-        "`diffusers_sae.demo.kandinsky.load_kandinsky()` puts the pipeline together. `sae` is a Matryoshka SAE of the "
-        "embeddings.",
+        "A Kandinsky 2.2 in small. An embedding is a linear code of 128 numbers of what emoji-sd's U-Net reads of a "
+        "picture's full caption (principal components of the text encoder's states). The image tower, which began as "
+        "emoji-clip's, sees the code in pictures, the prior predicts it from captions, and the decoder is emoji-sd's "
+        "U-Net, whose projection of embeddings turns the code back into those states (`decoder.safetensors` holds what "
+        "emoji-sd has not). `diffusers_sae.demo.kandinsky.load_kandinsky()` puts the pipeline together. `sae` is a "
+        "Matryoshka SAE of the embeddings of drawings.",
         f"SAE on embeddings held out: FVU {figures['fvu']:.4f}, L0 {figures['l0']:.0f}, dead latents "
         f"{100 * figures['dead']:.2f} %; pictures in `benchmarks/results/kandinsky.json`.",
     )

@@ -215,7 +215,7 @@ def trained_sae(data: Data) -> tuple[SparseAutoencoder, dict[str, float]]:
 
 
 def main() -> None:
-    parser = arguments(__doc__, steps=700, batch=128, lr=8e-4)
+    parser = arguments(__doc__, steps=520, batch=128, lr=8e-4)
     parser.add_argument("--scenes", type=int, default=16384)
     parser.add_argument("--prior-steps", type=int, default=1200)
     parser.add_argument("--sae-steps", type=int, default=3000)
