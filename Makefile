@@ -40,6 +40,7 @@ world: $(VENV)/.demo
 	for step in sprites train_autoencoder train_clip train_unet train_judge train_sae choose_steering; do \
 		$(BIN)/python examples/emoji_world/$$step.py || exit 1; \
 	done
+	$(BIN)/python examples/emoji_world/train_kandinsky.py --prior-steps 500
 	$(BIN)/python examples/emoji_world/train_kandinsky.py
 	$(BIN)/python examples/emoji_world/ship.py
 

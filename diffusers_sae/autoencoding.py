@@ -35,7 +35,7 @@ def encoded(pipe: Any, images: torch.Tensor, iterations: int = 0) -> torch.Tenso
 @torch.enable_grad()
 def _nearest(vae: Any, latents: torch.Tensor, wanted: torch.Tensor, iterations: int) -> torch.Tensor:
     """Latents that decode to images nearer to `wanted` in squared error: the nearest of each image that Adam passes
-    from `latents` on (decoder inversion: Hong et al., 2024, "On Exact Inversion of DPM-Solvers", section 4)."""
+    from `latents` on (decoder inversion: Hong et al., 2024, "On Exact Inversion of DPM-Solvers")."""
     scale = latents.std((1, 2, 3), keepdim=True)
     moved = torch.zeros_like(latents, requires_grad=True)
     adam = torch.optim.Adam([moved], lr=RATE)

@@ -33,7 +33,7 @@ from ..pipelines import SAESteeringPipeline
 from .shipped import MODELS, load_pipeline
 
 KANDINSKY_CALL: dict[str, Any] = {
-    "num_inference_steps": 20, "guidance_scale": 3.0, "prior_num_inference_steps": 10, "prior_guidance_scale": 2.0,
+    "num_inference_steps": 20, "guidance_scale": 3.0, "prior_num_inference_steps": 10, "prior_guidance_scale": 1.0,
 }  # fmt: skip
 """How emoji-kandinsky draws best; `height=64, width=64` besides."""
 

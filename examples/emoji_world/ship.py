@@ -31,6 +31,7 @@ python examples/emoji_world/train_unet.py
 python examples/emoji_world/train_judge.py
 python examples/emoji_world/train_sae.py
 python examples/emoji_world/choose_steering.py
+python examples/emoji_world/train_kandinsky.py --prior-steps 500
 python examples/emoji_world/train_kandinsky.py
 python examples/emoji_world/ship.py"""
 
@@ -123,7 +124,7 @@ def kandinsky(source: Path, target: Path) -> None:
         "emoji-clip's, sees the code in pictures, the prior predicts it from captions, and the decoder is emoji-sd's "
         "U-Net, whose projection of embeddings turns the code back into those states (`decoder.safetensors` holds what "
         "emoji-sd has not). `diffusers_sae.demo.kandinsky.load_kandinsky()` puts the pipeline together. `sae` is a "
-        "Matryoshka SAE of the embeddings of drawings.",
+        "Matryoshka SAE of such codes and of the embeddings of drawings.",
         f"SAE on embeddings held out: FVU {figures['fvu']:.4f}, L0 {figures['l0']:.0f}, dead latents "
         f"{100 * figures['dead']:.2f} %; pictures in `benchmarks/results/kandinsky.json`.",
     )

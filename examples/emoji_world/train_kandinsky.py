@@ -124,14 +124,11 @@ class Data:
         """`(count, d)` of the scenes' full captions, in their first wording."""
         return self.code([scene.caption() for scene in self.scenes])
 
-    @cached_property
     @torch.no_grad()
-    def embeds(self) -> torch.Tensor:
-        """`(count, d)` of the renders."""
-        starts = range(0, len(self.scenes), 128)
-        return torch.cat(
-            [self.encoder(self.pixels(range(i, min(i + 128, len(self.scenes))))).image_embeds for i in starts]
-        )
+    def embeds(self, count: int) -> torch.Tensor:
+        """What the image tower sees in the last renders, `(count, d)`."""
+        indices = range(len(self.scenes) - count, len(self.scenes))
+        return torch.cat([self.encoder(self.pixels(indices[i : i + 128])).image_embeds for i in range(0, count, 128)])
 
     def tokens(self, captions: list[str]):
         found = self.sd.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
@@ -192,13 +189,16 @@ def trained_prior(data: Data, scheduler: UnCLIPScheduler) -> PriorTransformer:
         found = prior(noisy, t, read.text_embeds, read.last_hidden_state, mask).predicted_image_embedding
         return {"loss": F.mse_loss(found.float(), x)}
 
-    fit(prior, losses, data.like(steps=args.prior_steps, lr=2e-3), name="kandinsky-prior", every=100)
+    fit(prior, losses, data.like(steps=args.prior_steps, lr=2e-3), name="kandinsky-prior", every=50)
     return prior
 
 
 def trained_sae(data: Data) -> tuple[SparseAutoencoder, dict[str, float]]:
-    """A Matryoshka SAE of the embeddings with its statistics, and its figures on embeddings held out."""
-    seen, held = data.embeds[:-HELD_OUT].cpu(), data.embeds[-HELD_OUT:].cpu()
+    """A Matryoshka SAE of captions' codes and of embeddings of drawings, with its statistics, and its figures on those
+    of scenes held out."""
+    embeds = data.embeds(2 * HELD_OUT)
+    seen = torch.cat([data.codes[:-HELD_OUT], embeds[:-HELD_OUT]]).cpu()
+    held = torch.cat([data.codes[-HELD_OUT:], embeds[-HELD_OUT:]]).cpu()
     provenance = {"site": {"path": "image_embeds"}, "base_model": "emoji-kandinsky"}
     torch.manual_seed(0)
     sae = MatryoshkaSAE(seen.shape[1], data.args.latents, data.args.k, provenance=provenance)
@@ -217,10 +217,10 @@ def trained_sae(data: Data) -> tuple[SparseAutoencoder, dict[str, float]]:
 def main() -> None:
     parser = arguments(__doc__, steps=520, batch=128, lr=8e-4)
     parser.add_argument("--scenes", type=int, default=16384)
-    parser.add_argument("--prior-steps", type=int, default=1200)
-    parser.add_argument("--sae-steps", type=int, default=3000)
+    parser.add_argument("--prior-steps", type=int, default=1000)
+    parser.add_argument("--sae-steps", type=int, default=2000)
     parser.add_argument("--latents", type=int, default=512)
-    parser.add_argument("--k", type=int, default=8)
+    parser.add_argument("--k", type=int, default=12)
     args = parser.parse_args()
     data, out = data_of(args), args.world / "emoji-kandinsky"
     train_image_tower(data)

@@ -53,23 +53,21 @@ def by_prompt(pipe: Any, images: torch.Tensor, source: Sequence[str], target: Se
 
 
 def by_latents(
-    pipe: Any, images: torch.Tensor, to: float, features: Mapping[int, Any], one_step: bool = False,
-    prompt: str | Sequence[str] = "", **steer: Any,
-) -> torch.Tensor:  # fmt: skip
-    """Images inverted and denoised with one prompt, with latents edited while they are denoised."""
-    inversion = invert(pipe, images, prompt, to, num_inference_steps=STEPS, iterations=ITERATIONS)
+    pipe: Any, images: torch.Tensor, to: float, features: Mapping[int, Any], one_step: bool = False, **steer: Any
+) -> torch.Tensor:
+    """Images inverted without a prompt and denoised with latents edited."""
+    inversion = invert(pipe, images, "", to, num_inference_steps=STEPS, iterations=ITERATIONS)
     window = inversion.window(at=to) if one_step else {"start": inversion.progress - 1e-6, "stop": 1.0}
     with pipe.steering(features, **steer, **window):
         return inversion.run(pipe, output_type="pt").images.float().cpu()
 
 
 def without_latents(
-    pipe: Any, images: torch.Tensor, to: float, features: Mapping[int, Any], prompt: str | Sequence[str] = "",
-    **steer: Any,
-) -> torch.Tensor:  # fmt: skip
+    pipe: Any, images: torch.Tensor, to: float, features: Mapping[int, Any], **steer: Any
+) -> torch.Tensor:
     """Images that were made with latents added, inverted with these in force and denoised without them."""
     with pipe.steering(features, start=1 - to, stop=1.0, **steer):
-        inversion = invert(pipe, images, prompt, to, num_inference_steps=STEPS, iterations=ITERATIONS, edited=True)
+        inversion = invert(pipe, images, "", to, num_inference_steps=STEPS, iterations=ITERATIONS, edited=True)
     return inversion.run(pipe, output_type="pt").images.float().cpu()
 
 
@@ -115,11 +113,6 @@ def round_trips(
         "latent added, inverted with it",
         lambda x: by_latents(pipe, x, TO, added, adapter_name="vector"),
         lambda y: without_latents(pipe, y, TO, added, adapter_name="vector"),
-    )
-    trip(
-        "latent added, with the prompt",
-        lambda x: by_latents(pipe, x, TO, added, adapter_name="vector", prompt=prompts),
-        lambda y: without_latents(pipe, y, TO, added, adapter_name="vector", prompt=prompts),
     )
     own = most_active(pipe, saes["TopK, vector"], images)
     scaled = {j: [SCALED if k == j else 1.0 for k in own] for j in set(own)}

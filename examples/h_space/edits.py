@@ -16,12 +16,13 @@ from diffusers_sae.demo.world import FACTORS, Scene
 from diffusers_sae.saes import SparseAutoencoder
 from diffusers_sae.sites import LAYOUTS
 
-IMAGES, OBJECTS = 8, 8
+IMAGES, OBJECTS = 8, 10
 JUDGED = ("object", "style", "background")
 NAMED = 1 / 3
 """Rise of the share of images that show a value, from which on a feature's effect is named after it."""
 SETTINGS = {
     "one step at 0.7 T": (0.7, True, 100.0),
+    "one step at 0.9 T": (0.9, True, 100.0),
     "all steps from 0.9 T": (0.9, False, 30.0),
 }
 """Inverted to; whether one step is edited, or all; strength as a multiple of the latent's largest activation."""

@@ -70,7 +70,7 @@ def mixed_noise(pipe: Any, a: Inversion, b: Inversion) -> Callable[[float], torc
 
 
 def measure_interpolation(
-    pipe: Any, sae: SparseAutoencoder, prompts: Sequence[str], out: Path, judged: bool, pairs: int = 2
+    pipe: Any, sae: SparseAutoencoder, prompts: Sequence[str], out: Path, judged: bool, pairs: int = 4
 ) -> dict[str, Any]:
     """Pairs of images generated from `prompts`, the first half with the second; `sae` is of whole maps."""
     images = torch.stack(list(generate(pipe, prompts[: 2 * pairs], range(200, 200 + 2 * pairs)))) / 2 + 0.5

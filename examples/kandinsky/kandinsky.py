@@ -134,36 +134,48 @@ def moved_and_kept(
 def transfers(
     kandinsky: Kandinsky, sae: SparseAutoencoder, sets: Mapping[str, list[int]], judge: Judge, pairs: int
 ) -> tuple[dict[str, Any], list[Row]]:
-    """One factor's features moved from one picture to another, for every factor, over pairs of pictures."""
+    """One factor's features moved from one picture to another, for every factor, over pairs of pictures: in the
+    embeddings that the pictures were drawn from, and in those that the image tower sees in them."""
     scenes = plain_scenes(2 * pairs, SEED + 1)
-    photos = kandinsky.images_of(kandinsky.embeds_of([s.caption() for s in scenes]))
-    embeds, shown = kandinsky.seen_in(photos), seen(judge, photos)
-    own = {f: labels[:pairs] for f, labels in shown.items()}
-    other = {f: labels[pairs:] for f, labels in shown.items()}
+    made = kandinsky.embeds_of([s.caption() for s in scenes])
+    photos = kandinsky.images_of(made)
+    shown = seen(judge, photos)
     drawn = {f: shares_of(shown[f] == torch.tensor([s.labels()[f] for s in scenes])) for f in JUDGED}
-    target, source = embeds[:pairs], embeds[pairs:]
-    again = seen(judge, kandinsky.images_of(target, 10_000))
-    figures: dict[str, Any] = {
-        "drawn as asked": drawn,
-        "seen again after embedding and decoding": {f: shares_of(again[f] == own[f]) for f in JUDGED},
-        "already alike": {f: shares_of(own[f] == other[f]) for f in JUDGED},
-    }
+    figures: dict[str, Any] = {"drawn as asked": drawn}
     rows = [
         Row("to", list(2 * photos[:8] - 1), [""] * 8),
         Row("from", list(2 * photos[pairs : pairs + 8] - 1), [""] * 8),
     ]
+    for name, embeds in (("of the prior", made), ("seen anew", kandinsky.seen_in(photos))):
+        figures[f"embeddings {name}"], moved = _transfers_of(kandinsky, sae, sets, judge, embeds, shown)
+        rows += [Row(f"{factor}: features moved, embeddings {name}", images, [""] * 8) for factor, images in moved]
+    return figures, rows
+
+
+def _transfers_of(
+    kandinsky: Kandinsky, sae: SparseAutoencoder, sets: Mapping[str, list[int]], judge: Judge,
+    embeds: torch.Tensor, shown: Mapping[str, torch.Tensor],
+) -> tuple[dict[str, Any], list[tuple[str, list[torch.Tensor]]]]:  # fmt: skip
+    """From the second half of `embeds (2 pairs, d)` to the first; `shown` is what the pictures show."""
+    target, source = embeds.chunk(2)
+    own, other = ({f: labels.chunk(2)[i] for f, labels in shown.items()} for i in (0, 1))
+    again = seen(judge, kandinsky.images_of(target, 10_000))
+    figures: dict[str, Any] = {
+        "seen again when drawn anew": {f: shares_of(again[f] == own[f]) for f in JUDGED},
+        "already alike": {f: shares_of(own[f] == other[f]) for f in JUDGED},
+    }
+    moved = []
     for factor, features in sets.items():
-        edited = transferred(sae, target, source, features)
-        images = kandinsky.images_of(edited, 10_000)
+        images = kandinsky.images_of(transferred(sae, target, source, features), 10_000)
         now = seen(judge, images)
         figures[factor] = {
             "features": len(features),
             "against the pictures": moved_and_kept(factor, now, own, other),
             "against the unedited embedding, decoded": moved_and_kept(factor, now, again, other),
         }
-        rows.append(Row(f"{factor}: {len(features)} features moved", list(2 * images[:8] - 1), [""] * 8))
+        moved.append((factor, list(2 * images[:8] - 1)))
         print(factor, json.dumps(figures[factor]), flush=True)
-    return figures, rows
+    return figures, moved
 
 
 def latents_of(codes: torch.Tensor, labels: torch.Tensor, value: int, least: float = 0.5) -> list[int]:
@@ -248,7 +260,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--prompts", type=Path, help="file of prompts, one a line, for another model")
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--captions", type=int, default=2048, help="whose embeddings tell what the latents are about")
-    parser.add_argument("--pairs", type=int, default=64, help="of pictures, for the transfers")
+    parser.add_argument("--pairs", type=int, default=48, help="of pictures, for the transfers")
     parser.add_argument("--banned", type=int, default=48, help="pictures to ban something in")
     parser.add_argument("--least", type=float, default=0.1, help="variance that a factor must explain of its latents")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
