@@ -41,8 +41,8 @@ def test_compiled_images_equal_eager_ones_and_numbers_compile_nothing_anew(kind,
         compiled(harness, counter)
     harness.run()
     before = counter.graphs
-    for strength in (0.0, -2.0, 50.0):
-        for prompt in ("cd", "a much longer one"):
+    for strength in (0.0, 1.0, -2.0, 9.0, 50.0):
+        for prompt in ("ab", "cd", "a much longer one"):
             for pipe in (eager.pipe, harness.pipe):
                 pipe.reset_steering()
                 pipe.steer({3: strength, 5: lambda p, s=strength: s * p}, stop=0.7)
