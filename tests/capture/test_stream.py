@@ -1,12 +1,14 @@
 """Streams and the shuffle buffer: nothing lost, nothing twice, resumable."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from conftest import SITE, Harness
 from PIL import Image
 
-from diffusers_sae import InputError
+from diffusers_sae import InputError, SAESteeringPipeline
 from diffusers_sae.capture import ShuffleBuffer, StoreConfig, store_activations, stream_activations
 
 CALL = {"num_inference_steps": 3, "guidance_scale": 5.0, "height": 16, "width": 16}
@@ -61,6 +63,19 @@ def test_the_denoiser_runs_no_further_than_to_the_last_site(sd, modules_run):
     modules_run.clear()
     next(stream_activations(sd.pipe, sites, PROMPTS, **CALL))
     assert modules_run.count("up") == 3 * len(sd.pipe.unet.up_blocks)
+
+
+def test_a_compiled_denoiser_is_run_to_its_end(sd):
+    """Leaving it by an exception would be up to the compiler."""
+    bare = next(stream_activations(sd.pipe, ["unet.mid_block"], PROMPTS, first_step_only=True, **CALL))
+    pipe = SAESteeringPipeline.from_pipe(sd.pipe, unet=copy.deepcopy(sd.pipe.unet))
+    pipe.set_progress_bar_config(disable=True)
+    ended: list[str] = []
+    pipe.unet.conv_out.register_forward_hook(lambda *_: ended.append("out"))
+    pipe.unet.compile(backend="eager")
+    compiled = next(stream_activations(pipe, ["unet.mid_block"], PROMPTS, first_step_only=True, **CALL))
+    assert ended == ["out"]
+    torch.testing.assert_close(compiled.rows("unet.mid_block")[0], bare.rows("unet.mid_block")[0])
 
 
 def test_a_denoiser_that_is_called_branch_by_branch_is_not_left_after_the_first():
