@@ -37,12 +37,10 @@ types: $(VENV)/.dev
 # Trains everything that ships again, from the drawings on; hours on a CPU. Every step goes on where it was stopped.
 world: $(VENV)/.demo
 	$(PIP) --editable ".[world]"
-	for step in sprites train_autoencoder train_clip train_unet train_judge train_sae choose_steering; do \
+	for step in sprites train_autoencoder train_clip train_unet train_judge train_sae choose_steering train_kandinsky \
+			ship; do \
 		$(BIN)/python examples/emoji_world/$$step.py || exit 1; \
 	done
-	$(BIN)/python examples/emoji_world/train_kandinsky.py --prior-steps 500
-	$(BIN)/python examples/emoji_world/train_kandinsky.py
-	$(BIN)/python examples/emoji_world/ship.py
 
 clean:
 	rm -rf $(VENV) outputs build *.egg-info

@@ -114,6 +114,17 @@ class Canvas:
             drawn[f"sepia:{subject}"] = sepia(drawn[f"3d:{subject}"])
             drawn[f"neon:{subject}"] = neon(drawn[f"ink:{subject}"], drawn[f"flat:{subject}"])
 
+    @classmethod
+    def fetched(cls, world: Path) -> Canvas:
+        """With `sprites.npz` of a folder; unless it is there, it is made of drawings from the npm registry."""
+        stored = world / "sprites.npz"
+        if not stored.exists():
+            from sprites import build
+
+            world.mkdir(parents=True, exist_ok=True)
+            np.savez_compressed(stored, **build(world / "npm"))
+        return cls(stored)
+
     def sprite(self, scene: Scene) -> Image.Image:
         subject = f"{scene.object}/{scene.gender}/{scene.skin}" if scene.is_person else scene.object
         return self._sprites[f"{scene.style}:{subject}"]

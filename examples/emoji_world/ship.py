@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from sprites import PACKAGES
 from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
-from diffusers_sae import MatryoshkaSAE, TopKSAE
+from diffusers_sae import TopKSAE
 from diffusers_sae.checksums import write_checksums
 from diffusers_sae.demo.judge import Judge
 from diffusers_sae.demo.shipped import MODELS, SITES
@@ -31,7 +31,6 @@ python examples/emoji_world/train_unet.py
 python examples/emoji_world/train_judge.py
 python examples/emoji_world/train_sae.py
 python examples/emoji_world/choose_steering.py
-python examples/emoji_world/train_kandinsky.py --prior-steps 500
 python examples/emoji_world/train_kandinsky.py
 python examples/emoji_world/ship.py"""
 
@@ -110,7 +109,7 @@ def kandinsky(source: Path, target: Path) -> None:
     encoder.half().save_pretrained(target / "image_encoder")
     PriorTransformer.from_pretrained(source / "prior").half().save_pretrained(target / "prior")
     shutil.copytree(source / "prior_scheduler", target / "prior_scheduler")
-    MatryoshkaSAE.from_pretrained(source / "sae").half().save_pretrained(target / "sae")
+    TopKSAE.from_pretrained(source / "sae").half().save_pretrained(target / "sae")
     for name in ("statistics.safetensors", "held_out.json"):
         shutil.copy(source / "sae" / name, target / "sae")
     write_checksums(target / "sae")
@@ -120,11 +119,12 @@ def kandinsky(source: Path, target: Path) -> None:
         "emoji-kandinsky",
         "diffusers",
         "A Kandinsky 2.2 in small. An embedding is a linear code of 128 numbers of what emoji-sd's U-Net reads of a "
-        "picture's full caption (principal components of the text encoder's states). The image tower, which began as "
+        "picture's full caption (principal components of the text encoder's states), of which the part is taken that "
+        "is a sum of one vector a value (cat, neon, red background, ...). The image tower, which began as "
         "emoji-clip's, sees the code in pictures, the prior predicts it from captions, and the decoder is emoji-sd's "
         "U-Net, whose projection of embeddings turns the code back into those states (`decoder.safetensors` holds what "
         "emoji-sd has not). `diffusers_sae.demo.kandinsky.load_kandinsky()` puts the pipeline together. `sae` is a "
-        "Matryoshka SAE of such codes and of the embeddings of drawings.",
+        "TopK SAE of such codes and of the embeddings of renders.",
         f"SAE on embeddings held out: FVU {figures['fvu']:.4f}, L0 {figures['l0']:.0f}, dead latents "
         f"{100 * figures['dead']:.2f} %; pictures in `benchmarks/results/kandinsky.json`.",
     )

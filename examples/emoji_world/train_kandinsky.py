@@ -2,9 +2,10 @@
 embeddings between them, and what the decoder has that emoji-sd's U-Net has not.
 
 An embedding is a linear code of what the U-Net reads of the image's full caption: principal components of the text
-encoder's states. The decoder turns it back by the one linear map that Kandinsky's decoders have, so that its U-Net
-needs no training. The image tower learns to see the code in a picture, the prior to predict it from captions (Ramesh
-et al., 2022, section 2.2).
+encoder's states, of which the part is taken that is a sum of one vector a value (`cat`, `neon`, ...), as concepts lie
+in CLIP's image embeddings (Daujotas, 2024). The decoder turns it back by the one linear map that Kandinsky's decoders
+have, so that its U-Net needs no training. The image tower learns to see the code in a picture, the prior to predict it
+from captions (Ramesh et al., 2022, section 2.2).
 """
 
 from __future__ import annotations
@@ -12,22 +13,23 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from canvas import Canvas
-from diffusers import PriorTransformer, StableDiffusionPipeline, UnCLIPScheduler
+from diffusers import PriorTransformer, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline, UnCLIPScheduler
 from loop import Losses, arguments, fit
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
-from diffusers_sae import MatryoshkaSAE
+from diffusers_sae import TopKSAE
 from diffusers_sae.demo.kandinsky import new_decoder, new_prior, reads_the_embedding
-from diffusers_sae.demo.world import Scene, leave_out, sample_caption, sample_scene
+from diffusers_sae.demo.world import CONCEPT_VALUES, CONCEPTS, Scene, leave_out, sample_caption, sample_scene
 from diffusers_sae.evaluation.reconstruction import ReconstructionMeter
 from diffusers_sae.saes import SparseAutoencoder, StatisticsAccumulator
 from diffusers_sae.training import TrainingConfig
@@ -45,6 +47,16 @@ class CaptionCode:
     sd: StableDiffusionPipeline
     mean: torch.Tensor
     basis: torch.Tensor
+
+    @classmethod
+    def of(cls, sd: StableDiffusionPipeline, width: int, file: Path) -> CaptionCode:
+        """From a file, which is written unless it is there: learned with another number of threads, components have
+        other signs, and models of a run that was stopped would not fit."""
+        if not file.exists():
+            code = cls.learned(sd, width)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_file({"mean": code.mean, "basis": code.basis}, file)
+        return cls(sd, **load_file(file, device=str(sd.device)))
 
     @classmethod
     def learned(cls, sd: StableDiffusionPipeline, width: int, captions: int = 8192) -> CaptionCode:
@@ -115,14 +127,38 @@ class Data:
             found[i] = torch.from_numpy(np.asarray(self.canvas.render(scene, random.Random(i))))
         return found
 
-    def pixels(self, indices: list[int] | range) -> torch.Tensor:
-        """`(N, 3, 64, 64)` in [-1, 1]."""
-        return self.images[list(indices)].permute(0, 3, 1, 2).to(self.args.device).float() / 127.5 - 1
+    def pixels(self, indices: list[int] | range, drawn: bool = False) -> torch.Tensor:
+        """Renders or drawings, `(N, 3, 64, 64)` in [-1, 1]."""
+        images = (self.drawings if drawn else self.images)[list(indices)]
+        return images.permute(0, 3, 1, 2).to(self.args.device).float() / 127.5 - 1
 
     @cached_property
     def codes(self) -> torch.Tensor:
-        """`(count, d)` of the scenes' full captions, in their first wording."""
-        return self.code([scene.caption() for scene in self.scenes])
+        """`(count, d)` of the scenes' full captions, in their first wording: their least-squares fit by a sum of one
+        vector a value."""
+        codes = self.code([scene.caption() for scene in self.scenes])
+        shows = torch.zeros(len(codes), len(CONCEPTS), dtype=torch.float64)
+        columns = {(factor, CONCEPT_VALUES[name]): i for i, (name, factor) in enumerate(CONCEPTS.items())}
+        for row, scene in zip(shows, self.scenes, strict=True):
+            row[[columns[pair] for pair in asdict(scene).items() if pair[1] is not None]] = 1
+        vectors = torch.linalg.lstsq(shows, codes.double().cpu(), driver="gelsd").solution
+        return (shows @ vectors).to(codes)
+
+    @cached_property
+    def drawings(self) -> torch.Tensor:
+        """Pictures of the first scenes as emoji-sd draws them over noised renders, `(drawings, 64, 64, 3)`."""
+        pipe = StableDiffusionImg2ImgPipeline(**self.sd.components, requires_safety_checker=False)
+        pipe.set_progress_bar_config(disable=True)
+        found = torch.empty(self.args.drawings, 64, 64, 3, dtype=torch.uint8)
+        for start in tqdm(range(0, len(found), 32), desc="drawings"):
+            indices = range(start, min(start + 32, len(found)))
+            made = pipe(
+                [self.scenes[i].caption(i % 3) for i in indices], self.pixels(indices) / 2 + 0.5, strength=0.6,
+                num_inference_steps=7, guidance_scale=1.0, output_type="pt",
+                generator=torch.Generator().manual_seed(start),
+            ).images  # fmt: skip
+            found[start : start + len(made)] = made.mul(255).round().byte().permute(0, 2, 3, 1).cpu()
+        return found
 
     @torch.no_grad()
     def embeds(self, count: int) -> torch.Tensor:
@@ -146,22 +182,25 @@ def data_of(args: argparse.Namespace) -> Data:
     sd = StableDiffusionPipeline.from_pretrained(args.world / "emoji-sd", safety_checker=None).to(args.device)
     sd.to(torch.float32)
     encoder = load(CLIPVisionModelWithProjection, "image_encoder").float()
-    code = CaptionCode.learned(sd, encoder.config.projection_dim)
+    code = CaptionCode.of(sd, encoder.config.projection_dim, args.world / "training" / "kandinsky-code.safetensors")
     text = load(CLIPTextModelWithProjection, "text_encoder").float().eval()
     return Data(args, sd, text, encoder, code, Canvas(args.world / "sprites.npz"))
 
 
 def train_image_tower(data: Data) -> None:
-    """By the squared error of the code of the full caption; of an image of zeros, which Kandinsky's pipelines take for
-    nothing, that of the empty caption."""
+    """By the squared error of the code of the full caption, on renders and, a quarter, drawings; of an image of zeros,
+    which Kandinsky's pipelines take for nothing, that of the empty caption."""
     args, encoder = data.args, data.encoder
-    codes, nothing = data.codes[:-HELD_OUT], data.code([""])
+    codes, nothing, few = data.codes[:-HELD_OUT], data.code([""]), args.batch // 4
     with torch.no_grad():  # begin with the caption's average
         encoder.visual_projection.weight.mul_(0.1)
 
     def losses(step: int, rng: random.Random) -> Losses:
-        picks = [rng.randrange(len(codes)) for _ in range(args.batch)]
-        pixels, wanted = data.pixels(picks), torch.cat([codes[picks], nothing])
+        picks = [rng.randrange(args.drawings) for _ in range(few)]
+        picks += [rng.randrange(len(codes)) for _ in range(args.batch - few)]
+        pixels = torch.cat([data.pixels(picks[:few], drawn=True), data.pixels(picks[few:])])
+        pixels = torch.where(torch.rand(len(pixels), 1, 1, 1, device=pixels.device) < 0.5, pixels, pixels.flip(-1))
+        wanted = torch.cat([codes[picks], nothing])
         seen = encoder(torch.cat([pixels, torch.zeros_like(pixels[:1])])).image_embeds.float()
         error = F.mse_loss(seen, wanted)
         return {"loss": error, "fvu": (error / (wanted - wanted.mean(0)).square().mean()).detach()}
@@ -172,6 +211,7 @@ def train_image_tower(data: Data) -> None:
 def trained_prior(data: Data, scheduler: UnCLIPScheduler) -> PriorTransformer:
     """By the squared error of the code that it predicts from a noisy one and a caption that may leave parts out."""
     args, device = data.args, data.args.device
+    torch.manual_seed(0)
     prior = new_prior(data.text, data.codes).to(device)
     alpha_bar = scheduler.alphas_cumprod.to(device)
 
@@ -194,14 +234,14 @@ def trained_prior(data: Data, scheduler: UnCLIPScheduler) -> PriorTransformer:
 
 
 def trained_sae(data: Data) -> tuple[SparseAutoencoder, dict[str, float]]:
-    """A Matryoshka SAE of captions' codes and of embeddings of drawings, with its statistics, and its figures on those
-    of scenes held out."""
+    """An SAE of captions' codes and of embeddings of renders, with its statistics, and its figures on those of scenes
+    held out."""
     embeds = data.embeds(2 * HELD_OUT)
     seen = torch.cat([data.codes[:-HELD_OUT], embeds[:-HELD_OUT]]).cpu()
     held = torch.cat([data.codes[-HELD_OUT:], embeds[-HELD_OUT:]]).cpu()
     provenance = {"site": {"path": "image_embeds"}, "base_model": "emoji-kandinsky"}
     torch.manual_seed(0)
-    sae = MatryoshkaSAE(seen.shape[1], data.args.latents, data.args.k, provenance=provenance)
+    sae = TopKSAE(seen.shape[1], data.args.latents, data.args.k, provenance=provenance)
     train_on_rows(seen, sae, TrainingConfig(data.args.sae_steps, 1024, lr=2e-3, decay=0.5, dead_after=50_000))
     statistics, meter = StatisticsAccumulator(sae.n_latents), ReconstructionMeter(sae)
     with torch.no_grad():
@@ -215,12 +255,13 @@ def trained_sae(data: Data) -> tuple[SparseAutoencoder, dict[str, float]]:
 
 
 def main() -> None:
-    parser = arguments(__doc__, steps=520, batch=128, lr=8e-4)
+    parser = arguments(__doc__, steps=700, batch=128, lr=8e-4)
     parser.add_argument("--scenes", type=int, default=16384)
+    parser.add_argument("--drawings", type=int, default=2048, help="pictures by emoji-sd that the image tower sees too")
     parser.add_argument("--prior-steps", type=int, default=1000)
     parser.add_argument("--sae-steps", type=int, default=2000)
-    parser.add_argument("--latents", type=int, default=512)
-    parser.add_argument("--k", type=int, default=12)
+    parser.add_argument("--latents", type=int, default=128)
+    parser.add_argument("--k", type=int, default=6)
     args = parser.parse_args()
     data, out = data_of(args), args.world / "emoji-kandinsky"
     train_image_tower(data)

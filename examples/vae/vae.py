@@ -61,13 +61,7 @@ def canvas_images(world: Path, count: int, held_out: int) -> Data:
     """Scenes of EmojiCanvas; its drawings are fetched from the npm registry unless they are there."""
     from canvas import Canvas
 
-    sprites = world / "sprites.npz"
-    if not sprites.exists():
-        from sprites import build
-
-        drawn = build(world / "npm")
-        np.savez_compressed(sprites, **drawn)
-    canvas, rng = Canvas(sprites), random.Random(SEED)
+    canvas, rng = Canvas.fetched(world), random.Random(SEED)
     scenes = [sample_scene(rng) for _ in range(count + held_out)]
     return Data(_stacked([canvas.render(scene, rng) for scene in scenes]), held_out, scenes)
 
