@@ -2,8 +2,8 @@
 embeddings between them, and what the decoder has that emoji-sd's U-Net has not.
 
 An embedding is a linear code of what the U-Net reads of the image's full caption: principal components of the text
-encoder's states, of which the part is taken that is a sum of one vector a value (`cat`, `neon`, ...), as concepts lie
-in CLIP's image embeddings (Daujotas, 2024). The decoder turns it back by the one linear map that Kandinsky's decoders
+encoder's states, of which the part is taken that is a sum of one vector a value (`cat`, `neon`, ...), so
+that concepts are directions. The decoder turns it back by the one linear map that Kandinsky's decoders
 have, so that its U-Net needs no training. The image tower learns to see the code in a picture, the prior to predict it
 from captions (Ramesh et al., 2022, section 2.2).
 """
@@ -75,13 +75,15 @@ class CaptionCode:
     def states(self, captions: list[str]) -> torch.Tensor:
         """`(N, T D)` in front of the last affine map."""
         norm, found = self.norm, []
-        for start in range(0, len(captions), 512):
+        different = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
+        texts = list(different)
+        for start in range(0, len(texts), 512):
             tokens = self.sd.tokenizer(
-                captions[start : start + 512], padding="max_length", truncation=True, return_tensors="pt"
+                texts[start : start + 512], padding="max_length", truncation=True, return_tensors="pt"
             )
             read = self.sd.text_encoder(tokens.input_ids.to(norm.weight.device)).last_hidden_state
             found.append(((read - norm.bias) / norm.weight).flatten(1))
-        return torch.cat(found)
+        return torch.cat(found)[[different[caption] for caption in captions]]
 
     @property
     def norm(self) -> torch.nn.LayerNorm:
@@ -235,7 +237,7 @@ def trained_prior(data: Data, scheduler: UnCLIPScheduler) -> PriorTransformer:
 
 def trained_sae(data: Data) -> tuple[SparseAutoencoder, dict[str, float]]:
     """An SAE of captions' codes and of embeddings of renders, with its statistics, and its figures on those of scenes
-    held out."""
+    held out; `tower_fvu` is the share of their codes' variance that the image tower misses."""
     embeds = data.embeds(2 * HELD_OUT)
     seen = torch.cat([data.codes[:-HELD_OUT], embeds[:-HELD_OUT]]).cpu()
     held = torch.cat([data.codes[-HELD_OUT:], embeds[-HELD_OUT:]]).cpu()
@@ -250,8 +252,10 @@ def trained_sae(data: Data) -> tuple[SparseAutoencoder, dict[str, float]]:
     meter.add(0.0, held)
     sae.statistics = statistics.finish()
     figures = meter.figures()
-    dead = float(sae.statistics.dead.float().mean())
-    return sae, {**{name: round(figures[name], 5) for name in ("fvu", "cosine", "l0")}, "dead": dead}
+    figures["dead"] = float(sae.statistics.dead.float().mean())
+    codes, embeds = held.chunk(2)
+    figures["tower_fvu"] = float((embeds - codes).square().sum() / (codes - codes.mean(0)).square().sum())
+    return sae, {name: round(figures[name], 5) for name in ("fvu", "cosine", "l0", "dead", "tower_fvu")}
 
 
 def main() -> None:
