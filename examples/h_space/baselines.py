@@ -13,7 +13,7 @@ from diffusers_sae.saes import SparseAutoencoder
 from diffusers_sae.sites import LAYOUTS
 
 RANKS = (16, 48, 128, 512, 768, 1024, 1536)
-BETA, VAE_LATENTS, VAE_STEPS = 4.0, (16, 512), 300
+BETA, VAE_LATENTS, VAE_STEPS = 4.0, (16, 512), 150
 
 
 def figures_of(h: torch.Tensor, h_hat: torch.Tensor, mean: torch.Tensor) -> dict[str, float]:

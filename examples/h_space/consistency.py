@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from edits import OBJECTS, by_concept
-from kinds import AT, PATH, STEPS
+from kinds import AT, STEPS
 
 from diffusers_sae import invert
 from diffusers_sae.demo.pictures import Row, draw_grid
@@ -26,8 +26,6 @@ from diffusers_sae.sites import LAYOUTS
 TO, ITERATIONS, KAPPA = 0.9, 2, 1000.0
 STRENGTH = 30.0
 """Of added latents, as a multiple of the largest activation: that of "all steps from 0.9 T" in `edits.SETTINGS`."""
-SCALED = 30.0
-"""κ of the latent that an image activates most, at all steps."""
 SHOWN = 6
 
 
@@ -53,21 +51,22 @@ def by_prompt(pipe: Any, images: torch.Tensor, source: Sequence[str], target: Se
 
 
 def by_latents(
-    pipe: Any, images: torch.Tensor, to: float, features: Mapping[int, Any], one_step: bool = False, **steer: Any
-) -> torch.Tensor:
-    """Images inverted without a prompt and denoised with latents edited."""
-    inversion = invert(pipe, images, "", to, num_inference_steps=STEPS, iterations=ITERATIONS)
+    pipe: Any, images: torch.Tensor, prompts: Sequence[str], to: float, features: Mapping[int, Any],
+    one_step: bool = False, **steer: Any,
+) -> torch.Tensor:  # fmt: skip
+    """Images inverted and denoised with one prompt each, with latents edited while they are denoised."""
+    inversion = invert(pipe, images, prompts, to, num_inference_steps=STEPS, iterations=ITERATIONS)
     window = inversion.window(at=to) if one_step else {"start": inversion.progress - 1e-6, "stop": 1.0}
     with pipe.steering(features, **steer, **window):
         return inversion.run(pipe, output_type="pt").images.float().cpu()
 
 
 def without_latents(
-    pipe: Any, images: torch.Tensor, to: float, features: Mapping[int, Any], **steer: Any
+    pipe: Any, images: torch.Tensor, prompts: Sequence[str], to: float, features: Mapping[int, Any], **steer: Any
 ) -> torch.Tensor:
     """Images that were made with latents added, inverted with these in force and denoised without them."""
     with pipe.steering(features, start=1 - to, stop=1.0, **steer):
-        inversion = invert(pipe, images, "", to, num_inference_steps=STEPS, iterations=ITERATIONS, edited=True)
+        inversion = invert(pipe, images, prompts, to, num_inference_steps=STEPS, iterations=ITERATIONS, edited=True)
     return inversion.run(pipe, output_type="pt").images.float().cpu()
 
 
@@ -95,8 +94,7 @@ def round_trips(
         found[name] = y, back(y)
         print(f"  {name}", flush=True)
 
-    trip("no edit", *2 * (lambda x: by_prompt(pipe, x, [""] * count, [""] * count, TO),))
-    trip("no edit, with the prompt", *2 * (lambda x: by_prompt(pipe, x, prompts, prompts, TO),))
+    trip("no edit", *2 * (lambda x: by_prompt(pipe, x, prompts, prompts, TO),))
     trip(
         "prompt",
         lambda x: by_prompt(pipe, x, prompts, changed, TO),
@@ -108,40 +106,26 @@ def round_trips(
         latent, most = chosen["object", target]
         added.setdefault(latent, [0.0] * count)[i] = STRENGTH * most
     removed = {j: [-s for s in strengths] for j, strengths in added.items()}
-    trip("latent added", *(lambda x, f=f: by_latents(pipe, x, TO, f, adapter_name="vector") for f in (added, removed)))
+    trip(
+        "latent added",
+        *(lambda x, f=f: by_latents(pipe, x, prompts, TO, f, adapter_name="vector") for f in (added, removed)),
+    )
     trip(
         "latent added, inverted with it",
-        lambda x: by_latents(pipe, x, TO, added, adapter_name="vector"),
-        lambda y: without_latents(pipe, y, TO, added, adapter_name="vector"),
-    )
-    own = most_active(pipe, saes["TopK, vector"], images)
-    scaled = {j: [SCALED if k == j else 1.0 for k in own] for j in set(own)}
-    divided = {j: [1 / s for s in factors] for j, factors in scaled.items()}
-    trip(
-        "latent times κ",
-        *(lambda x, f=f: by_latents(pipe, x, TO, f, mode="scale", adapter_name="vector") for f in (scaled, divided)),
+        lambda x: by_latents(pipe, x, prompts, TO, added, adapter_name="vector"),
+        lambda y: without_latents(pipe, y, prompts, TO, added, adapter_name="vector"),
     )
     channel, latent = most_active_entry(saes["channel-aware"], seen)
     trip(
         "channel-aware entry times κ, one step",
         *(
             lambda x, s=s: by_latents(
-                pipe, x, AT, {latent: s}, True, mode="scale", tokens=[channel], adapter_name="aware"
+                pipe, x, prompts, AT, {latent: s}, True, mode="scale", tokens=[channel], adapter_name="aware"
             )
             for s in (KAPPA, 1 / KAPPA)
         ),
     )
     return found
-
-
-def most_active(pipe: Any, sae: SparseAutoencoder, images: torch.Tensor) -> list[int]:
-    """The latent of the whole map that each image activates most at 0.7 T."""
-    inversion = invert(pipe, images, "", 0.7, num_inference_steps=STEPS, iterations=ITERATIONS)
-    with pipe.capture([PATH]) as activations, torch.no_grad():
-        inversion.run(pipe, output_type="latent")
-        seen = activations[PATH]
-        h = seen.select("cond", seen.timestep.max().item()).float().cpu()
-        return sae.encode(LAYOUTS["vector"].to_rows(h))[:, 0].argmax(1).tolist()
 
 
 def most_active_entry(sae: SparseAutoencoder, seen: torch.Tensor) -> tuple[int, int]:
@@ -185,7 +169,7 @@ def measure_consistency(
     trips = round_trips(pipe, saes, seen, seen_scenes, images, prompts, targets, changed)
     judge = load_judge()
     per_image = {name: measures(judge, images, y, back, targets) for name, (y, back) in trips.items()}
-    figures: dict[str, Any] = {"images": len(images), "strength": STRENGTH, "scaled": SCALED, "kappa": KAPPA}
+    figures: dict[str, Any] = {"images": len(images), "strength": STRENGTH, "kappa": KAPPA}
     figures["ways"] = {
         name: {key: sum(values) / len(values) for key, values in one.items()} for name, one in per_image.items()
     }
@@ -203,7 +187,7 @@ def measure_consistency(
     rows = [Row("original", list(2 * images[:SHOWN] - 1), blank)]
     for name in ("prompt", "latent added"):
         y, back = trips[name]
-        wanted = [f"to {t}" for t in targets[:SHOWN]] if "κ" not in name else blank
+        wanted = [f"to {t}" for t in targets[:SHOWN]]
         rows += [
             Row(f"{name}: edited", list(2 * y[:SHOWN] - 1), wanted),
             Row(f"{name}: undone", list(2 * back[:SHOWN] - 1), blank),

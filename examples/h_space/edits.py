@@ -16,13 +16,12 @@ from diffusers_sae.demo.world import FACTORS, Scene
 from diffusers_sae.saes import SparseAutoencoder
 from diffusers_sae.sites import LAYOUTS
 
-IMAGES, OBJECTS = 8, 10
+IMAGES, OBJECTS, CONTROLS = 6, 6, 3
 JUDGED = ("object", "style", "background")
 NAMED = 1 / 3
 """Rise of the share of images that show a value, from which on a feature's effect is named after it."""
 SETTINGS = {
     "one step at 0.7 T": (0.7, True, 100.0),
-    "one step at 0.9 T": (0.9, True, 100.0),
     "all steps from 0.9 T": (0.9, False, 30.0),
 }
 """Inverted to; whether one step is edited, or all; strength as a multiple of the latent's largest activation."""
@@ -101,32 +100,34 @@ def measure_edits(
     vector, aware = saes["TopK, vector"], saes["channel-aware"]
     chosen = by_concept(vector, seen, scenes) if scenes else _most_active(vector, seen)
     torch.manual_seed(5)
-    drawn = torch.nn.functional.normalize(torch.randn(len(chosen), vector.d_in), dim=-1)
+    drawn = torch.nn.functional.normalize(torch.randn(CONTROLS, vector.d_in), dim=-1)
     pipe.load_sae(Directions.of(drawn), Site(PATH, layout="vector"), adapter_name="random")
     for setting, (to, one_step, strength) in SETTINGS.items():
         inversion = invert(pipe, images, "", to, num_inference_steps=STEPS, iterations=2)
         base = ran(pipe, inversion)
         window = inversion.window(at=to) if one_step else {"start": inversion.progress - 1e-6, "stop": 1.0}
         found: dict[str, Any] = {"strength": strength, "unedited": _distance(base[0], images), "features": []}
-        rows = [Row("not edited", list(2 * base[0][:8] - 1), [""] * 8)]
+        rows = [Row("not edited", list(2 * base[0] - 1), [""] * IMAGES)]
         named_at_random = []
         for i, ((factor, value), (latent, most)) in enumerate(chosen.items()):
             edited, told = measured(
                 pipe, judge, inversion, base, features={latent: strength * most}, adapter_name="vector", **window
             )
             found["features"].append({"chosen_for": f"{factor}: {value}", "latent": latent, **told})
-            _, control = measured(
-                pipe, judge, inversion, base, features={i: strength * most}, adapter_name="random", **window
-            )
-            named_at_random.append(control.get("named", False))
-            if 3 <= i < 8:
+            if i < CONTROLS:
+                _, control = measured(
+                    pipe, judge, inversion, base, features={i: strength * most}, adapter_name="random", **window
+                )
+                named_at_random.append(control.get("named", False))
+            if i < 5:
                 effect_of = f"{told['effect']} +{told['rise']:.0%}" if told.get("named") else "no named effect"
                 rows.append(
-                    Row(f"latent {latent}, chosen for {value}: {effect_of}", list(2 * edited[:8] - 1), [""] * 8)
+                    Row(f"latent {latent}, chosen for {value}: {effect_of}", list(2 * edited - 1), [""] * IMAGES)
                 )
         named = [f for f in found["features"] if f.get("named")]
         found |= {
-            "named": len(named), "of": len(chosen), "named_at_random": sum(named_at_random),
+            "named": len(named), "of": len(chosen),
+            "named_at_random": sum(named_at_random), "of_random": len(named_at_random),
             "different_names": len({f["effect"] for f in named}),
             "as_chosen": sum(f["effect"] == f["chosen_for"] for f in named),
         }  # fmt: skip
@@ -140,7 +141,7 @@ def measure_edits(
 
 def components(
     pipe: Any, judge: Any, aware: SparseAutoencoder, seen: torch.Tensor, inversion: Inversion, base: Any,
-    window: dict[str, float], count: int = 5, kappas: Sequence[float] = (10.0, 1000.0),
+    window: dict[str, float], count: int = 3, kappas: Sequence[float] = (1000.0,),
 ) -> list[dict[str, Any]]:  # fmt: skip
     """The paper's own edit: the most active entries of the flattened code, one latent of one channel, times κ."""
     with torch.no_grad():

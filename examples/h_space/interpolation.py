@@ -21,7 +21,7 @@ from diffusers_sae.saes import SparseAutoencoder
 from diffusers_sae.sites import LAYOUTS
 
 TO, ITERATIONS = 0.9, 2
-SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+SHARES = (0.0, 0.5, 1.0)
 
 
 def h_of_steps(pipe: Any, inversion: Inversion) -> torch.Tensor:
@@ -70,7 +70,7 @@ def mixed_noise(pipe: Any, a: Inversion, b: Inversion) -> Callable[[float], torc
 
 
 def measure_interpolation(
-    pipe: Any, sae: SparseAutoencoder, prompts: Sequence[str], out: Path, judged: bool, pairs: int = 4
+    pipe: Any, sae: SparseAutoencoder, prompts: Sequence[str], out: Path, judged: bool, pairs: int = 2
 ) -> dict[str, Any]:
     """Pairs of images generated from `prompts`, the first half with the second; `sae` is of whole maps."""
     images = torch.stack(list(generate(pipe, prompts[: 2 * pairs], range(200, 200 + 2 * pairs)))) / 2 + 0.5
@@ -86,8 +86,9 @@ def measure_interpolation(
         "whole h, all steps from 0.9 T": moved_h(pipe, a, whole, every),
         "noise at 0.9 T, no edit": mixed_noise(pipe, a, b),
     }
-    strips = {name: [run(share) for share in SHARES] for name, run in ways.items()}
-    first, last = strips["noise at 0.9 T, no edit"][0], strips["noise at 0.9 T, no edit"][-1]
+    first = a.run(pipe, output_type="pt").images.float().cpu()  # a share of 0, whichever way
+    strips = {name: [first, *(run(share) for share in SHARES[1:])] for name, run in ways.items()}
+    last = strips["noise at 0.9 T, no edit"][-1]
     judge = load_judge() if judged else None
     figures: dict[str, Any] = {"pairs": pairs, "shares": list(SHARES)}
     figures["between_the_ends"] = _distance(first, last)

@@ -18,13 +18,14 @@ PATH, AT, STEPS = "unet.mid_block", 0.7, 10
 
 @dataclass
 class Kind:
-    """An SAE that is tried: its layout, how it is made from the shape `(C, H, W)` of h, images a step, and steps."""
+    """An SAE that is tried: its layout, how it is made from the shape `(C, H, W)` of h, and how it is trained."""
 
     layout: str
     make: Callable[[Sequence[int], int], SparseAutoencoder]
     images: int
     steps: int
     sparsity: float = 0.0
+    lr: float = 4e-3
 
 
 def _channel_aware(shape: Sequence[int], images: int) -> SparseAutoencoder:
@@ -32,10 +33,10 @@ def _channel_aware(shape: Sequence[int], images: int) -> SparseAutoencoder:
 
 
 KINDS = {
-    "channel-aware": Kind("channels", _channel_aware, 16, 600, 0.1),
-    "TopK, channels": Kind("channels", lambda s, _: TopKSAE(s[1] * s[2], 512, 8), 16, 400),
-    "TopK, positions": Kind("positions", lambda s, _: TopKSAE(s[0], 1024, 32), 64, 400),
-    "TopK, vector": Kind("vector", lambda s, _: TopKSAE(s[0] * s[1] * s[2], 1024, 48), 256, 200),
+    "channel-aware": Kind("channels", _channel_aware, 16, 320, 0.1),
+    "TopK, channels": Kind("channels", lambda s, _: TopKSAE(s[1] * s[2], 512, 8), 16, 320),
+    "TopK, positions": Kind("positions", lambda s, _: TopKSAE(s[0], 1024, 32), 64, 300),
+    "TopK, vector": Kind("vector", lambda s, _: TopKSAE(s[0] * s[1] * s[2], 1024, 50), 512, 180, lr=3e-3),
 }
 
 
@@ -48,7 +49,7 @@ def train(name: str, seen: torch.Tensor, base_model: str) -> SparseAutoencoder:
     sae.register_to_config(provenance={"site": site, "base_model": base_model, "steps": STEPS, "guidance": 1.0})
     rows = LAYOUTS[kind.layout].to_rows(seen)  # (N, P, d)
     size = kind.images * rows.shape[1]
-    config = TrainingConfig(kind.steps, size, lr=4e-3, sparsity=kind.sparsity, dead_after=60 * size)
+    config = TrainingConfig(kind.steps, size, lr=kind.lr, sparsity=kind.sparsity, dead_after=60 * size)
     trainer = SAETrainer(sae.train(), config, rows.flatten(0, 1)[: 2**14])
     generator = torch.Generator().manual_seed(0)
     for _ in range(kind.steps):
