@@ -214,7 +214,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=700, help="training steps of 1024 tokens")
     parser.add_argument("--strength", type=float, default=0.5, help="of steering, in largest activations")
     parser.add_argument("--away", type=float, default=2.0, help="of removal: z - away z")
-    parser.add_argument("--targets", type=int, default=6, help="objects that are removed, at most 6")
+    parser.add_argument("--targets", type=int, default=1, help="objects that are removed, at most 6, 50 seconds each")
     parser.add_argument("--spacy", help="spaCy model; only nouns, adjectives and adverbs then name features")
     parser.add_argument("--out", type=Path, default=Path("text-encoder-out"))
     parser.add_argument("--json", type=Path, help="also write the figures here")
