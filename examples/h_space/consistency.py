@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from edits import OBJECTS, by_concept
+from edits import OBJECTS, SETTINGS, by_concept
 from kinds import AT, STEPS
 
 from diffusers_sae import invert
@@ -24,9 +24,8 @@ from diffusers_sae.saes import SparseAutoencoder
 from diffusers_sae.sites import LAYOUTS
 
 TO, ITERATIONS, KAPPA = 0.9, 2, 1000.0
-STRENGTH = 30.0
-"""Of added latents, as a multiple of the largest activation: that of "all steps from 0.9 T" in `edits.SETTINGS`."""
-SHOWN = 6
+STRENGTH = SETTINGS["all steps from 0.9 T"].strength
+SHOWN = 4
 
 
 def judge_distance(judge: Any, images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:

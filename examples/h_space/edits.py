@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +19,34 @@ from diffusers_sae.demo.world import FACTORS, Scene
 from diffusers_sae.saes import SparseAutoencoder
 from diffusers_sae.sites import LAYOUTS
 
-IMAGES, OBJECTS, CONTROLS = 6, 6, 3
+IMAGES, OBJECTS = 6, 10
 JUDGED = ("object", "style", "background")
 NAMED = 1 / 3
 """Rise of the share of images that show a value, from which on a feature's effect is named after it."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How images are edited: inverted to `to`, at that step or at all from there on, at `strength` times a latent's
+    largest activation; with how many latents, and how many random directions of the same lengths.
+
+    With `guidance`, only the conditional branch is edited. As there is no prompt, the branches are the same but for the
+    edit, so that guidance moves nothing else and multiplies what the edit does to the predicted noise.
+    """
+
+    to: float
+    one_step: bool
+    strength: float
+    latents: int
+    controls: int
+    guidance: float = 1.0
+
+
 SETTINGS = {
-    "one step at 0.7 T": (0.7, True, 100.0),
-    "all steps from 0.9 T": (0.9, False, 30.0),
+    "one step at 0.7 T": Setting(0.7, True, 100.0, 3, 0),
+    "one step at 0.7 T, guidance 12": Setting(0.7, True, 20.0, 10, 4, 12.0),
+    "all steps from 0.9 T": Setting(0.9, False, 30.0, 5, 3),
 }
-"""Inverted to; whether one step is edited, or all; strength as a multiple of the latent's largest activation."""
 
 
 def by_concept(
@@ -61,20 +83,21 @@ def effect(judge: Any, before: torch.Tensor, after: torch.Tensor) -> tuple[str, 
     return factor, value, now[factor, value] - base[factor, value]
 
 
-def ran(pipe: Any, inversion: Inversion) -> tuple[torch.Tensor, torch.Tensor]:
+def ran(pipe: Any, inversion: Inversion, guidance: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Images `(N, 3, H, W)` and h `(N, C, H, W)` of the first step."""
     with pipe.capture([PATH]) as activations:
-        images = inversion.run(pipe, output_type="pt").images.float().cpu()
+        images = inversion.run(pipe, output_type="pt", guidance_scale=guidance).images.float().cpu()
     seen = activations[PATH]
     return images, seen.select("cond", seen.timestep.max().item())
 
 
 def measured(
-    pipe: Any, judge: Any, inversion: Inversion, base: tuple[torch.Tensor, torch.Tensor], **steer: Any
-) -> tuple[torch.Tensor, dict[str, Any]]:
+    pipe: Any, judge: Any, inversion: Inversion, base: tuple[torch.Tensor, torch.Tensor],
+    guidance: float = 1.0, **steer: Any,
+) -> tuple[torch.Tensor, dict[str, Any]]:  # fmt: skip
     """Images of a run with an edit, and what it did."""
     with pipe.steering(**steer):
-        images, h = ran(pipe, inversion)
+        images, h = ran(pipe, inversion, guidance)
     told: dict[str, Any] = {
         "mean_change": float((images - base[0]).abs().mean()),
         "h_changed": float((h != base[1]).double().mean()),
@@ -100,42 +123,43 @@ def measure_edits(
     vector, aware = saes["TopK, vector"], saes["channel-aware"]
     chosen = by_concept(vector, seen, scenes) if scenes else _most_active(vector, seen)
     torch.manual_seed(5)
-    drawn = torch.nn.functional.normalize(torch.randn(CONTROLS, vector.d_in), dim=-1)
+    drawn = torch.nn.functional.normalize(torch.randn(len(chosen), vector.d_in), dim=-1)
     pipe.load_sae(Directions.of(drawn), Site(PATH, layout="vector"), adapter_name="random")
-    for setting, (to, one_step, strength) in SETTINGS.items():
-        inversion = invert(pipe, images, "", to, num_inference_steps=STEPS, iterations=2)
+    for name, how in SETTINGS.items():
+        inversion = invert(pipe, images, "", how.to, num_inference_steps=STEPS, iterations=2)
         base = ran(pipe, inversion)
-        window = inversion.window(at=to) if one_step else {"start": inversion.progress - 1e-6, "stop": 1.0}
-        found: dict[str, Any] = {"strength": strength, "unedited": _distance(base[0], images), "features": []}
+        window = inversion.window(at=how.to) if how.one_step else {"start": inversion.progress - 1e-6, "stop": 1.0}
+        steer: dict[str, Any] = {"guidance": how.guidance, "branch": "both" if how.guidance == 1 else "cond", **window}
+        features: list[dict[str, Any]] = []
+        at_random: list[dict[str, Any]] = []
         rows = [Row("not edited", list(2 * base[0] - 1), [""] * IMAGES)]
-        named_at_random = []
-        for i, ((factor, value), (latent, most)) in enumerate(chosen.items()):
+        for i, ((factor, value), (latent, most)) in enumerate(islice(chosen.items(), how.latents)):
             edited, told = measured(
-                pipe, judge, inversion, base, features={latent: strength * most}, adapter_name="vector", **window
+                pipe, judge, inversion, base, features={latent: how.strength * most}, adapter_name="vector", **steer
             )
-            found["features"].append({"chosen_for": f"{factor}: {value}", "latent": latent, **told})
-            if i < CONTROLS:
+            features.append({"chosen_for": f"{factor}: {value}", "latent": latent, **told})
+            effect_of = f"{told['effect']} +{told['rise']:.0%}" if told.get("named") else "no named effect"
+            rows.append(Row(f"latent {latent}, chosen for {value}: {effect_of}", list(2 * edited - 1), [""] * IMAGES))
+            if i < how.controls:
                 _, control = measured(
-                    pipe, judge, inversion, base, features={i: strength * most}, adapter_name="random", **window
+                    pipe, judge, inversion, base, features={i: how.strength * most}, adapter_name="random", **steer
                 )
-                named_at_random.append(control.get("named", False))
-            if i < 5:
-                effect_of = f"{told['effect']} +{told['rise']:.0%}" if told.get("named") else "no named effect"
-                rows.append(
-                    Row(f"latent {latent}, chosen for {value}: {effect_of}", list(2 * edited - 1), [""] * IMAGES)
-                )
-        named = [f for f in found["features"] if f.get("named")]
-        found |= {
-            "named": len(named), "of": len(chosen),
-            "named_at_random": sum(named_at_random), "of_random": len(named_at_random),
+                at_random.append(control)
+        named = [f for f in features if f.get("named")]
+        counts = {
+            "named": len(named), "of": len(features),
             "different_names": len({f["effect"] for f in named}),
             "as_chosen": sum(f["effect"] == f["chosen_for"] for f in named),
+            "named_at_random": sum(one.get("named", False) for one in at_random), "of_random": len(at_random),
         }  # fmt: skip
-        if setting == "one step at 0.7 T":
+        figures[name] = {
+            "strength": how.strength, "guidance": how.guidance, "unedited": _distance(base[0], images), **counts,
+            "features": features, "random": at_random,
+        }  # fmt: skip
+        print(name, counts, flush=True)
+        draw_grid(rows, f"One latent of h-space, {name}", out / f"{re.sub('[^a-z0-9]+', '_', name.lower())}.png")
+        if name == "one step at 0.7 T":
             figures["components"] = components(pipe, judge, aware, seen, inversion, base, window)
-        figures[setting] = found
-        print(setting, {k: v for k, v in found.items() if k != "features"}, flush=True)
-        draw_grid(rows, f"One latent of h-space, {setting}", out / f"{setting.replace(' ', '_').replace('.', '')}.png")
     return figures
 
 
@@ -161,7 +185,7 @@ def components(
 def _most_active(sae: SparseAutoencoder, seen: torch.Tensor) -> dict[tuple[str, str], tuple[int, float]]:
     with torch.no_grad():
         z = sae.encode(LAYOUTS["vector"].to_rows(seen))[:, 0]
-    top = z.mean(0).topk(8).indices.tolist()
+    top = z.mean(0).topk(OBJECTS).indices.tolist()
     return {("most active", str(j)): (j, float(z[:, j].amax())) for j in top}
 
 

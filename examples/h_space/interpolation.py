@@ -80,7 +80,6 @@ def measure_interpolation(
     every = range(len(a.timesteps))
     at_07 = [min(every, key=lambda s: abs(a.timesteps[s] - 0.7 * a.training_timesteps))]
     ways = {
-        "code of h, one step at 0.7 T": moved_h(pipe, a, code, at_07),
         "whole h, one step at 0.7 T": moved_h(pipe, a, whole, at_07),
         "code of h, all steps from 0.9 T": moved_h(pipe, a, code, every),
         "whole h, all steps from 0.9 T": moved_h(pipe, a, whole, every),

@@ -34,9 +34,9 @@ def _channel_aware(shape: Sequence[int], images: int) -> SparseAutoencoder:
 
 KINDS = {
     "channel-aware": Kind("channels", _channel_aware, 16, 320, 0.1),
-    "TopK, channels": Kind("channels", lambda s, _: TopKSAE(s[1] * s[2], 512, 8), 16, 320),
+    "TopK, channels": Kind("channels", lambda s, _: TopKSAE(s[1] * s[2], 256, 10), 8, 1600, lr=1.2e-2),
     "TopK, positions": Kind("positions", lambda s, _: TopKSAE(s[0], 1024, 32), 64, 300),
-    "TopK, vector": Kind("vector", lambda s, _: TopKSAE(s[0] * s[1] * s[2], 1024, 50), 512, 180, lr=3e-3),
+    "TopK, vector": Kind("vector", lambda s, _: TopKSAE(s[0] * s[1] * s[2], 1024, 50), 512, 160, lr=3e-3),
 }
 
 
