@@ -2,7 +2,7 @@
 
 Trains TopK, BatchTopK and Matryoshka SAEs of both of the demo's sites on the same activations in one pass, scores the
 same concepts with each, and steers the same images towards them at two strengths. The shares are those by which the
-shipped SAEs are judged, and the budget is an eighth of theirs. Writes `benchmarks/results/kinds_steering.json`; a
+shipped SAEs are judged, and the budget is a part of theirs. Writes `benchmarks/results/kinds_steering.json`; a
 stopped run goes on where it was.
 """
 
@@ -88,7 +88,7 @@ def steering(pipe: Any, saes: dict[str, SparseAutoencoder], scores: Any, ledger:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=1024, help="that the SAEs are trained on")
+    parser.add_argument("--images", type=int, default=640, help="that the SAEs are trained on")
     parser.add_argument("--concept-images", type=int, default=256)
     parser.add_argument("--steered", type=int, default=16, help="images a concept")
     parser.add_argument("--work", type=Path, default=Path("outputs/kinds_steering"))
