@@ -159,7 +159,7 @@ def main() -> None:
     parser.add_argument("--sae", help="folder, file or hub name of an SAE; by default that of the first shipped site")
     parser.add_argument("--site", help="of the SAE, if it does not say")
     parser.add_argument("--concepts", type=Path, help="JSON of concepts with prompts, for another model")
-    parser.add_argument("--images", type=int, default=160, help="of the demo's world, to score concepts with")
+    parser.add_argument("--images", type=int, default=128, help="of the demo's world, to score concepts with")
     parser.add_argument("--each", type=int, default=8, help="images a concept and plan")
     parser.add_argument("--gamma", type=float, default=-20.0, help="the paper's factor")
     parser.add_argument("--mild", type=float, default=-1.0)
