@@ -66,8 +66,12 @@ class Probe:
 
     def predict(self, x: np.ndarray) -> np.ndarray:
         """The label with the highest score of each row of the whole representation, `(N, M)`."""
-        rows = (x[:, self.entries] - self.mean) / self.scale
-        return self.classes[(rows @ self.weights + self.bias).argmax(1)]
+        return self._of_entries(x[:, self.entries])
+
+    def _of_entries(self, rows: np.ndarray) -> np.ndarray:
+        """The labels of rows `(N, m)` of the entries that are read."""
+        weights = self.weights / self.scale.reshape(-1, 1)
+        return self.classes[(rows @ weights + (self.bias - self.mean @ weights)).argmax(1)]
 
     def accuracy(self, x: np.ndarray, labels: np.ndarray) -> float:
         return float((self.predict(x) == labels).mean())
@@ -81,7 +85,13 @@ def ridge_weights(x: np.ndarray, targets: np.ndarray, penalties: Sequence[float]
         targets: `(N, c)`.
     """
     count, width = x.shape
-    if width <= count:
+    if len(penalties) == 1:  # no need of eigenvectors, which take ten times as long
+        gram = (x.T @ x if width <= count else x @ x.T) / count
+        gram.flat[:: len(gram) + 1] += penalties[0]
+        sides = (x.T @ targets if width <= count else targets) / count
+        found = np.linalg.solve(gram, sides)
+        yield found if width <= count else x.T @ found
+    elif width <= count:
         values, v = np.linalg.eigh(x.T @ x / count)
         projected = v.T @ (x.T @ targets) / count
         for penalty in penalties:
@@ -102,6 +112,7 @@ def fit_probe(
     scalings: Sequence[str] = tuple(SCALINGS),
     penalties: Sequence[float] = PENALTIES,
     folds: int = 5,
+    groups: np.ndarray | None = None,
     seed: int = 0,
 ) -> Probe:
     """A ridge classifier of the labels, from the highest entries of a representation.
@@ -118,25 +129,30 @@ def fit_probe(
         scalings: what they may be divided by, of `SCALINGS`.
         penalties: weights of the square norm that are tried.
         folds: parts into which the rows are drawn by `seed`.
+        groups: `(N,)`, of which group a row is, such as the image it was taken from: rows of one group fall into the
+            same part, so that no row is judged by a probe that knows its like. By default each row is one.
 
     Raises:
-        InputError: shapes that do not fit, fewer rows than folds, one class only, or an unknown selection or scaling.
+        InputError: shapes that do not fit, fewer rows or groups than folds, one class only, or an unknown selection or
+            scaling.
     """
-    _check(x, labels, selections, scalings, folds)
+    of = np.arange(len(x)) if groups is None else np.unique(groups, return_inverse=True)[1]
+    _check(x, labels, of, selections, scalings, folds)
     classes, y = np.unique(labels, return_inverse=True)
     targets = np.eye(len(classes))[y]
     every = entries is None or entries >= x.shape[1]
     settings = list(product(selections[:1] if every else selections, scalings))
     hits = {(*setting, penalty): 0 for setting in settings for penalty in penalties}
-    part = np.random.default_rng(seed).permutation(len(y)) % folds
+    part = (np.random.default_rng(seed).permutation(of.max() + 1) % folds)[of]
     for fold in range(folds):
         train, test = part != fold, part == fold
-        seen = x[train]
+        seen, left_out = x[train], x[test]
         for selection in dict.fromkeys(s for s, _ in settings):
             top = _top(seen, y[train], selection, entries)
+            known, new = seen[:, top], left_out[:, top].astype(float)
             for scaling in scalings:
-                for probe in _probes(seen[:, top], targets[train], top, selection, scaling, penalties):
-                    hits[selection, scaling, probe.penalty] += int((probe.predict(x[test]) == y[test]).sum())
+                for probe in _probes(known, targets[train], top, selection, scaling, penalties):
+                    hits[selection, scaling, probe.penalty] += int((probe._of_entries(new) == y[test]).sum())
     selection, scaling, penalty = max(hits, key=lambda key: hits[key])
     top = _top(x, y, selection, entries)
     (probe,) = _probes(x[:, top], targets, top, selection, scaling, [penalty])
@@ -159,11 +175,14 @@ def _probes(
         yield Probe(top, mean, scale, weights, bias, np.arange(len(bias)), selection, scaling, penalty)
 
 
-def _check(x: np.ndarray, labels: np.ndarray, selections: Sequence[str], scalings: Sequence[str], folds: int) -> None:
-    if x.ndim != 2 or labels.shape != x.shape[:1] or not 2 <= folds <= len(x):
+def _check(
+    x: np.ndarray, labels: np.ndarray, of: np.ndarray, selections: Sequence[str], scalings: Sequence[str], folds: int
+) -> None:
+    if x.ndim != 2 or labels.shape != x.shape[:1] or of.shape != x.shape[:1] or not 2 <= folds <= len(np.unique(of)):
         raise InputError(
-            f"There are rows of shape {x.shape}, labels of shape {labels.shape} and {folds} folds; pass rows (N, M), "
-            "a label for each, and 2 to N folds."
+            f"There are rows of shape {x.shape}, labels of shape {labels.shape}, groups of shape {of.shape} and "
+            f"{folds} folds; pass rows (N, M), a label and a group for each, and 2 folds to as many as there are "
+            "groups."
         )
     if len(np.unique(labels)) < 2:
         raise InputError("All rows have the same label; a probe needs two or more.")

@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=320)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--k", type=int, default=2, help="latents each channel keeps at least (channel-aware)")
-    parser.add_argument("--trips", type=int, default=4, help="images that are edited and have their edits undone")
+    parser.add_argument("--trips", type=int, default=2, help="images that are edited and have their edits undone")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what is measured; by default all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("h-space-out"))
@@ -115,7 +115,7 @@ def measure(pipe: Any, figures: dict[str, Any], seconds: dict[str, Any], args: a
             print(f"{name:16} EV {one['ev']:.3f} cosine {one['cosine']:.3f}", flush=True)
     if "probes" in args.parts and scenes:
         with timed(seconds, "probes"), torch.no_grad():
-            figures["probes"] = measure_probes(codes_of(saes, of_maps, data.once, held), scenes)
+            figures["probes"] = measure_probes(codes_of(saes, of_maps, seen, held), scenes)
     if "edits" in args.parts:
         with timed(seconds, "edits"):
             figures["edits"] = measure_edits(pipe, saes, data.once, of_seen, new, args.out)

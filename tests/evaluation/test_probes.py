@@ -8,11 +8,12 @@ from diffusers_sae import InputError
 from diffusers_sae.evaluation.probes import f_statistic, fit_probe, ridge_weights
 
 
+@pytest.mark.parametrize("penalties", [(0.01, 2.0), (0.3,)])
 @pytest.mark.parametrize("width", [6, 50])
-def test_ridge_solves_the_normal_equations(width):
+def test_ridge_solves_the_normal_equations(width, penalties):
     rng = np.random.default_rng(0)
     x, targets = rng.normal(size=(20, width)), rng.normal(size=(20, 3))
-    for penalty, weights in zip((0.01, 2.0), ridge_weights(x, targets, (0.01, 2.0)), strict=True):
+    for penalty, weights in zip(penalties, ridge_weights(x, targets, penalties), strict=True):
         augmented = np.vstack([x, np.sqrt(20 * penalty) * np.eye(width)])  # ridge as least squares with more rows
         expected = np.linalg.lstsq(augmented, np.vstack([targets, np.zeros((width, 3))]), rcond=None)[0]
         np.testing.assert_allclose(weights, expected, atol=1e-9)
@@ -58,6 +59,15 @@ def test_nothing_is_read_where_nothing_is():
     assert probe.accuracy(x, labels) > probe.cross_validated
 
 
+def test_rows_of_a_group_are_not_judged_by_each_other():
+    rng = np.random.default_rng(5)
+    image = np.arange(240) % 80  # three rows of each image, alike but for noise; their labels say nothing of others'
+    x = rng.normal(size=(80, 200))[image] + 0.1 * rng.normal(size=(240, 200))
+    labels = rng.integers(0, 4, 80)[image]
+    assert fit_probe(x, labels).cross_validated > 0.8
+    assert fit_probe(x, labels, groups=image).cross_validated < 0.45
+
+
 def test_predictions_equal_the_formula_on_the_whole_representation():
     x, labels = rows(80, 3)
     probe = fit_probe(x, labels, entries=None, selections=["mean"], scalings=["each"], penalties=[0.1])
@@ -75,8 +85,10 @@ def test_predictions_equal_the_formula_on_the_whole_representation():
     ("arguments", "sentence"),
     [
         ({"labels": np.zeros(20)}, "same label"),
-        ({"labels": np.arange(19)}, r"a label for each"),
-        ({"folds": 21}, "2 to N folds"),
+        ({"labels": np.arange(19)}, "a label and a group for each"),
+        ({"folds": 21}, "2 folds to as many as there are groups"),
+        ({"groups": np.arange(20) // 10, "folds": 3}, "as many as there are groups"),
+        ({"groups": np.arange(19)}, "and a group for each"),
         ({"selections": ["median"]}, "choose among mean, variance, f"),
         ({"scalings": ["none"]}, "choose among each, common"),
     ],
