@@ -85,22 +85,17 @@ def ridge_weights(x: np.ndarray, targets: np.ndarray, penalties: Sequence[float]
         targets: `(N, c)`.
     """
     count, width = x.shape
-    if len(penalties) == 1:  # no need of eigenvectors, which take ten times as long
-        gram = (x.T @ x if width <= count else x @ x.T) / count
-        gram.flat[:: len(gram) + 1] += penalties[0]
-        sides = (x.T @ targets if width <= count else targets) / count
-        found = np.linalg.solve(gram, sides)
-        yield found if width <= count else x.T @ found
-    elif width <= count:
-        values, v = np.linalg.eigh(x.T @ x / count)
-        projected = v.T @ (x.T @ targets) / count
-        for penalty in penalties:
-            yield v @ (projected / (np.maximum(values, 0) + penalty)[:, None])
+    primal = width <= count
+    gram = (x.T @ x if primal else x @ x.T) / count
+    sides = (x.T @ targets if primal else targets) / count
+    if len(penalties) == 1:  # eigenvectors pay where several penalties share them
+        solutions = iter([np.linalg.solve(gram + penalties[0] * np.eye(len(gram)), sides)])
     else:
-        values, u = np.linalg.eigh(x @ x.T / count)
-        back, projected = x.T @ u / count, u.T @ targets
-        for penalty in penalties:
-            yield back @ (projected / (np.maximum(values, 0) + penalty)[:, None])
+        values, v = np.linalg.eigh(gram)
+        projected = v.T @ sides
+        solutions = (v @ (projected / (np.maximum(values, 0) + penalty)[:, None]) for penalty in penalties)
+    for solution in solutions:
+        yield solution if primal else x.T @ solution
 
 
 def fit_probe(
@@ -149,10 +144,10 @@ def fit_probe(
         seen, left_out = x[train], x[test]
         for selection in dict.fromkeys(s for s, _ in settings):
             top = _top(seen, y[train], selection, entries)
-            known, new = seen[:, top], left_out[:, top].astype(float)
+            fitted, judged = seen[:, top], left_out[:, top].astype(float)
             for scaling in scalings:
-                for probe in _probes(known, targets[train], top, selection, scaling, penalties):
-                    hits[selection, scaling, probe.penalty] += int((probe._of_entries(new) == y[test]).sum())
+                for probe in _probes(fitted, targets[train], top, selection, scaling, penalties):
+                    hits[selection, scaling, probe.penalty] += int((probe._of_entries(judged) == y[test]).sum())
     selection, scaling, penalty = max(hits, key=lambda key: hits[key])
     top = _top(x, y, selection, entries)
     (probe,) = _probes(x[:, top], targets, top, selection, scaling, [penalty])

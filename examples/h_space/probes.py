@@ -40,7 +40,7 @@ def _of(name: str, seen: torch.Tensor, held: torch.Tensor, scenes: Sequence[Scen
     found: dict[str, Any] = {"entries_in_use": x.shape[1]}
     for factor in PROBED:
         labels = np.array([scene.labels()[factor] for scene in scenes])
-        y, expected = labels[image], labels[len(scenes) - len(new) :]
+        y, expected = labels[image], labels[-len(new) :]
         ways = {way: (ENTRIES, [way]) for way in SELECTIONS} if x.shape[1] > ENTRIES else {"all": (None, ["mean"])}
         if name == "raw h":
             ways["all"] = None, ["mean"]
