@@ -32,9 +32,9 @@ from diffusers_sae import SAESteeringPipeline, TopKSAE
 from diffusers_sae.context import Context
 from diffusers_sae.edits import make_edit
 from diffusers_sae.hooks import LoadedSAE, SAEProcessor
-from diffusers_sae.machine import half_precision_is_faster
 from diffusers_sae.prepared import prepare
 from diffusers_sae.sites import Site
+from diffusers_sae.training.precision import DTYPES, resolve_precision
 
 WIDTH, ROWS, K = 1280, 512, 32
 SITE = "unet.up_blocks.1.attentions.1"
@@ -134,17 +134,12 @@ def sd15_call(dtype: torch.dtype, device: str, steps: int) -> dict[str, Any]:
     }
 
 
-def faster_dtype() -> torch.dtype:
-    """bfloat16, unless this CPU multiplies float32 as fast."""
-    return torch.bfloat16 if half_precision_is_faster("cpu") else torch.float32
-
-
 def machine() -> dict[str, Any]:
     return {
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "cpu": platform.machine(),
-        "bfloat16_is_faster": half_precision_is_faster("cpu"),
+        "precision": resolve_precision(),
     }
 
 
@@ -248,7 +243,7 @@ def main() -> None:
         figures["from_disk"] = from_disk()
         print(json.dumps(figures["from_disk"]))
     if "b" in parts:
-        figures["denoiser"] = denoiser(faster_dtype(), "cpu", args.steps, max(3, args.rounds // 4))
+        figures["denoiser"] = denoiser(DTYPES[resolve_precision()], "cpu", args.steps, max(3, args.rounds // 4))
         print(json.dumps(figures["denoiser"]))
     if "c" in parts and torch.cuda.is_available():
         figures["denoiser_gpu"] = [denoiser(torch.float16, "cuda", 20, args.rounds, c) for c in (False, True)]

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from diffusers_sae.capture import ActivationStore
 from diffusers_sae.evaluation.known_features import KnownFeatures
-from diffusers_sae.machine import half_precision_is_faster
+from diffusers_sae.training.precision import DTYPES, resolve_precision
 
 RATES = {"diffusers_sae": (0.3, 1.0, 3.0)}
 PEERS_RATES = (1.0, 3.0, 10.0, 30.0, 100.0)
@@ -39,8 +39,8 @@ def data(task: Task) -> KnownFeatures:
 
 
 def floor(task: Task) -> Callable[[], Any]:
-    """The encoder's product, in the precision that this machine multiplies fastest."""
-    dtype = torch.bfloat16 if half_precision_is_faster("cpu") else torch.float32
+    """The encoder's product alone, in the precision that `"auto"` means here."""
+    dtype = DTYPES[resolve_precision()]
     x, weight = torch.randn(task.rows, task.d, dtype=dtype), torch.randn(task.n_latents, task.d, dtype=dtype)
     out = torch.empty(task.rows, task.n_latents, dtype=dtype)
     return lambda: torch.mm(x, weight.T, out=out)
@@ -178,7 +178,7 @@ def main() -> None:
     figures["machine"] = {
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "bfloat16_is_faster": half_precision_is_faster("cpu"),
+        "precision": resolve_precision(),
     }
     figures["task"] = asdict(task)
     if "speed" in parts:

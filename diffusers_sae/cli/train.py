@@ -30,6 +30,9 @@ def train(
     rows: Annotated[int, typer.Option(help="Rows a step, without a scale.")] = 2048,
     lr: Annotated[float, typer.Option(help="Peak rate.")] = 4e-3,
     optimizer: Annotated[str, typer.Option(help="adam; adafactor takes less memory.")] = "adam",
+    precision: Annotated[
+        str, typer.Option(help="Of TopK's search: float32, bfloat16, or auto, which depends on the hardware.")
+    ] = "auto",
     ema: Annotated[float | None, typer.Option(help="Average the weights, keeping this much a step.")] = None,
     dead_after: Annotated[int, typer.Option(help="Rows without firing after which a latent is dead.")] = 100_000,
     resample_every: Annotated[int | None, typer.Option(help="Steps between resamplings of dead latents.")] = None,
@@ -45,6 +48,7 @@ def train(
     from ..evaluation.reconstruction import measure_on_store
     from ..saes import ARCHITECTURES, BatchTopKSAE, TopKSAE
     from ..training import TrainingConfig, train_on_store
+    from ..training.memory import keep_freed_memory
     from ..training.objectives import trainable
 
     trained = {name: cls for name, cls in ARCHITECTURES.items() if trainable(cls) and cls.rows_apart}
@@ -62,6 +66,7 @@ def train(
         ema=ema,
         resample_every=resample_every,
         optimizer=optimizer,
+        precision=precision,
     )
     activations = ActivationStore(store)
     shards = len(activations.shard_rows)
@@ -78,11 +83,12 @@ def train(
         "branch": ", ".join(manifest["config"]["branches"]),
         "training_images": sum(shard["images"] for shard in manifest["shards"][:-held_out]),
     }
+    keep_freed_memory()
     accelerator = Accelerator(log_with=tracker, project_dir=out / "training" / "tracker" if tracker else None)
     seen = activations.part(stop=-held_out)
     if accelerator.is_main_process:
         make_sae = partial(cls, **own)
-        _settle(ctx, out / "training", scale, latents, settings, seen, make_sae, accelerator.num_processes)
+        _settle(ctx, out / "training", scale, latents, settings, seen, make_sae, accelerator)
     accelerator.wait_for_everyone()
     told = read_record(out / "training")
     latents, settings = told["latents"], TrainingConfig(**told["training"])
@@ -117,13 +123,17 @@ def _settle(
     settings: Any,
     seen: Any,
     make_sae: Callable[[int, int], Any],
-    processes: int,
+    accelerator: Any,
 ) -> None:
     """Record the sizes of the run. One that has a checkpoint keeps a scale's sizes, since timing anew gives others."""
     from ..training import sizes_for
+    from ..training.precision import resolve_precision
     from ..training.trainer import CHECKPOINT
 
     begun = read_record(folder) if (folder / CHECKPOINT).exists() else None
+    if begun is not None and settings.precision == "auto":
+        settings = replace(settings, precision=begun["training"]["precision"])
+    settings = replace(settings, precision=resolve_precision(settings.precision, accelerator.device))
     if begun is not None and scale is not None and begun["scale"] == scale:
         latents, kept = begun["latents"], ("steps", "batch_size", "dead_after")
         settings = replace(settings, **{name: begun["training"][name] for name in kept})
@@ -136,4 +146,4 @@ def _settle(
                 f"{folder} holds a run whose {name} is {begun[name]}, not {asked[name]}; choose another folder, or "
                 "delete it."
             )
-    record(ctx, folder, latents=latents, training=asdict(settings), processes=processes)
+    record(ctx, folder, latents=latents, training=asdict(settings), processes=accelerator.num_processes)

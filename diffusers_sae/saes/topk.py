@@ -9,7 +9,6 @@ from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from ..errors import InputError
-from ..machine import half_precision_is_faster
 from .base import SparseAutoencoder, SparseCode, register_architecture
 from .ops import topk_encode
 
@@ -46,10 +45,17 @@ class TopKSAE(SparseAutoencoder):
         self.k, self.relu = k, relu
         self._make_parameters(d_in, n_latents, input_norm)
 
-    def encode_sparse(self, x: torch.Tensor) -> SparseCode:
+    def encode_sparse(self, x: torch.Tensor, search_dtype: torch.dtype = torch.float32) -> SparseCode:
+        """The active latents of each row of `x (..., d)`.
+
+        Args:
+            search_dtype: in which the largest latents are searched for. bfloat16 may miss a latent that is nearly as
+                large as the k-th, which training tolerates; the values of those found are exact either way.
+        """
         rows = self.normalized(x).reshape(-1, self.d_in)
-        rough = self.training and half_precision_is_faster(x.device.type)  # what is applied is always exact
-        values, indices = topk_encode(rows, self.W_enc, self.b_enc, self.b_dec, self.k, rough=rough, relu=self.relu)
+        values, indices = topk_encode(
+            rows, self.W_enc, self.b_enc, self.b_dec, self.k, search_dtype=search_dtype, relu=self.relu
+        )
         return SparseCode(values.view(*x.shape[:-1], self.k), indices.view(*x.shape[:-1], self.k))
 
     def encode_only(self, x: torch.Tensor, features: torch.Tensor) -> torch.Tensor:

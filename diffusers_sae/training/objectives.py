@@ -42,11 +42,17 @@ class Objective(NamedTuple):
 
 @singledispatch
 def objective(
-    sae: SparseAutoencoder, x: torch.Tensor, weights: torch.Tensor | None, sparsity: float, bandwidth: float
+    sae: SparseAutoencoder,
+    x: torch.Tensor,
+    weights: torch.Tensor | None,
+    sparsity: float,
+    bandwidth: float,
+    search_dtype: torch.dtype = torch.float32,
 ) -> Objective:
     """The objective of rows `x (N, d)`, of mean square norm d, each with its weight `(N,)` in the FVU.
 
-    `sparsity` is the weight of an L1 or L0 penalty; `bandwidth` the width of JumpReLU's pseudo-derivative.
+    `sparsity` is the weight of an L1 or L0 penalty; `bandwidth` the width of JumpReLU's pseudo-derivative;
+    `search_dtype` the dtype in which TopK searches for the largest latents.
     """
     raise TypeError(f"{type(sae).__name__} has no training objective; register one with objective.register.")
 
@@ -65,8 +71,15 @@ def _fired_of(values: torch.Tensor, indices: torch.Tensor, n: int) -> torch.Tens
 
 
 @objective.register
-def _topk(sae: TopKSAE, x: torch.Tensor, weights: torch.Tensor | None, *_: Any) -> Objective:
-    code = sae.encode_sparse(x)
+def _topk(
+    sae: TopKSAE,
+    x: torch.Tensor,
+    weights: torch.Tensor | None,
+    sparsity: float,
+    bandwidth: float,
+    search_dtype: torch.dtype = torch.float32,
+) -> Objective:
+    code = sae.encode_sparse(x, search_dtype)
     x_hat = sae.decode_sparse(code)
     fvu = fvu_of(x, x_hat, weights)
     return Objective(fvu, x_hat, fvu, _fired_of(*code, sae.n_latents))
@@ -126,9 +139,7 @@ def _matryoshka(sae: MatryoshkaSAE, x: torch.Tensor, weights: torch.Tensor | Non
 
 @objective.register(ReLUSAE)
 @objective.register(ChannelAwareSAE)
-def _relu(
-    sae: SparseAutoencoder, x: torch.Tensor, weights: torch.Tensor | None, sparsity: float, bandwidth: float
-) -> Objective:
+def _relu(sae: SparseAutoencoder, x: torch.Tensor, weights: torch.Tensor | None, sparsity: float, *_: Any) -> Objective:
     """FVU and an L1 penalty on the codes (2309.08600, equation 4; Ijishakin et al., 2024, equation 8)."""
     z = sae.encode(x)
     x_hat = sae.decode(z)
@@ -142,9 +153,7 @@ def _per_variance(amounts: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 @objective.register
-def _gated(
-    sae: GatedSAE, x: torch.Tensor, weights: torch.Tensor | None, sparsity: float, bandwidth: float
-) -> Objective:
+def _gated(sae: GatedSAE, x: torch.Tensor, weights: torch.Tensor | None, sparsity: float, *_: Any) -> Objective:
     """FVU, L1 on the gates, and what they alone reconstruct through a decoder held fixed (2404.16014, equation 8)."""
     pre = sae.pre_activations(x)
     z, gates = sae.activate(pre), pre.relu()
@@ -156,7 +165,7 @@ def _gated(
 
 @objective.register
 def _jump_relu(
-    sae: JumpReLUSAE, x: torch.Tensor, weights: torch.Tensor | None, sparsity: float, bandwidth: float
+    sae: JumpReLUSAE, x: torch.Tensor, weights: torch.Tensor | None, sparsity: float, bandwidth: float, *_: Any
 ) -> Objective:
     """FVU and an L0 penalty (2407.14435, equation 9), with straight-through gradients for the thresholds."""
     pre, threshold = sae.pre_activations(x).relu(), sae.threshold

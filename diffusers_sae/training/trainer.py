@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,11 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
 from ..errors import InputError
-from ..machine import keep_freed_memory
 from ..saes import JumpReLUSAE, SparseAutoencoder
 from .losses import aux_k_loss
 from .objectives import objective
 from .optimizers import OPTIMIZERS
+from .precision import DTYPES, PRECISIONS, resolve_precision
 from .resampling import resample
 
 CHECKPOINT = "checkpoint.pt"
@@ -42,9 +42,11 @@ class TrainingConfig:
         resample_every: steps after which dead latents begin anew, in the first half of the run; never by default.
         ema: how much of the average of the weights a step keeps; if given, the trained SAE has that average.
         optimizer: `adam`, or `adafactor`, which keeps next to nothing beside weights and gradients.
+        precision: `float32`, `bfloat16` or `auto`, which the trainer resolves by `resolve_precision` and records. It is
+            the dtype in which TopK searches for the largest latents; codes, losses and weights stay float32.
 
     Raises:
-        InputError: if there is no such optimizer.
+        InputError: if there is no such optimizer or precision.
     """
 
     steps: int
@@ -63,8 +65,11 @@ class TrainingConfig:
     resample_every: int | None = None
     ema: float | None = None
     optimizer: str = "adam"
+    precision: str = "auto"
 
     def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise InputError(f"precision={self.precision!r} is not a precision; choose from {', '.join(PRECISIONS)}.")
         if self.optimizer not in OPTIMIZERS:
             raise InputError(f"{self.optimizer!r} is not an optimizer; choose from {', '.join(OPTIMIZERS)}.")
 
@@ -104,14 +109,14 @@ class SAETrainer:
 
         `sample (N, d)`: rows that centre and scale are taken from; none are needed if `load_state_dict` follows.
         """
-        keep_freed_memory()  # gradients are as large as the weights and come anew each step
         self.processes = accelerator.num_processes if accelerator else 1
         self.device = accelerator.device if accelerator else sae.b_dec.device
         if sae.input_norm is not None:
             raise InputError(f"SAEs with input_norm={sae.input_norm!r} are read, not trained; leave it out.")
         if config.resample_every and self.processes > 1:
             raise InputError("resample_every works in one process; leave it out, as AuxK revives dead latents too.")
-        self.sae, self.config = sae, config
+        self.sae, self._asked = sae, config
+        self.config = replace(config, precision=resolve_precision(config.precision, self.device))
         self.scale = 1.0 if sample is None else self._centre_and_scale(sample, trained)
         sae.to(self.device)
         self.optimizer = OPTIMIZERS[config.optimizer](sae.parameters(), config.lr)
@@ -146,7 +151,7 @@ class SAETrainer:
         sae, config = self.sae, self.config
         x = rows.to(self.device, non_blocking=True) * self.scale
         sparsity = config.sparsity * min(1.0, (self.step_count + 1) / max(1.0, config.sparsity_warmup * config.steps))
-        found = objective(sae, x, weights, sparsity, config.bandwidth)
+        found = objective(sae, x, weights, sparsity, config.bandwidth, DTYPES[config.precision])
         dead = self.rows_since_fired >= config.dead_after
         aux = aux_k_loss(sae, x, found.x_hat, dead, config.k_aux)
         fvu, loss = found.fvu.detach(), found.loss
@@ -229,7 +234,13 @@ class SAETrainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state; raises `InputError` if it is of another configuration."""
+        """Go on from a state, whose precision stands if this trainer's was `auto`.
+
+        Raises:
+            InputError: if it is of another configuration.
+        """
+        if self._asked.precision == "auto":
+            self.config = replace(self.config, precision=state["config"]["precision"])
         if state["config"] != asdict(self.config):
             raise InputError(
                 f"The checkpoint was made with {state['config']}, not {asdict(self.config)}; delete it to begin anew."

@@ -18,7 +18,8 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from diffusers_sae.machine import half_precision_is_faster, keep_freed_memory
+from diffusers_sae.training.memory import keep_freed_memory
+from diffusers_sae.training.precision import resolve_precision
 
 Losses = dict[str, torch.Tensor]
 """Named scalars; `loss` is the one to minimise."""
@@ -36,8 +37,9 @@ def arguments(description: str | None, *, steps: int, batch: int, lr: float) -> 
 
 
 def autocast(device: str) -> torch.autocast:
-    """bf16 where the machine multiplies it faster than fp32, which few processors do; measured, not guessed."""
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=half_precision_is_faster(device))
+    """bfloat16 where the processor or card has units for it; `DIFFUSERS_SAE_PRECISION` overrides that."""
+    enabled = resolve_precision("auto", device) == "bfloat16"
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=enabled)
 
 
 def schedule(step: int, steps: int, warmup: int = 200, decay: float = 0.3) -> float:

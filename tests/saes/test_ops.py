@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from diffusers_sae import TopKSAE
 from diffusers_sae.saes import ops
 from diffusers_sae.saes.ops import (
     largest,
@@ -143,21 +142,12 @@ def test_starts():
     assert starts(torch.tensor([2, 0, 2, 4]), 6).tolist() == [0, 1, 1, 3, 3, 4, 4]
 
 
-def test_a_rough_search_gives_exact_values_and_misses_little(monkeypatch):
+def test_a_search_in_bfloat16_gives_exact_values_and_misses_little():
     generator = torch.Generator().manual_seed(0)
     x, W = torch.randn(200, 64, generator=generator), torch.randn(3000, 64, generator=generator)
     b, b_dec = torch.randn(3000, generator=generator), torch.randn(64, generator=generator)
-    values, indices = topk_encode(x, W, b, b_dec, 16, rough=True)
+    values, indices = topk_encode(x, W, b, b_dec, 16, search_dtype=torch.bfloat16)
     pre = ((x - b_dec) @ W.T + b).relu()
     torch.testing.assert_close(values, pre.gather(1, indices))
     missed = values.amin(1) < pre.topk(16).values.amin(1) * (1 - 1e-6)
     assert missed.float().mean() < 0.02
-    # it is used in training alone, and where it is faster
-    monkeypatch.setattr("diffusers_sae.saes.topk.half_precision_is_faster", lambda device: True)
-    asked = []
-    monkeypatch.setattr(ops, "SPARE", 3)
-    monkeypatch.setattr(ops, "largest", lambda pre, k: asked.append((pre.dtype, k)) or pre.topk(k))
-    sae = TopKSAE(64, 3000, 16)
-    sae.train()(x)
-    sae.eval()(x)
-    assert asked == [(torch.bfloat16, 48), (torch.float32, 16)]

@@ -1,6 +1,6 @@
 """Kills captures and trainings with SIGKILL at random moments and checks that they end as undisturbed ones.
 
-`python kill_nine.py FOLDER KILLS`. Each run is a fork of a process that has everything imported.
+`python kill_nine.py FOLDER KILLS PRECISION`. Each run is a fork of a process that has everything imported.
 """
 
 import os
@@ -21,6 +21,7 @@ from diffusers_sae.capture import ActivationStore, StoreConfig, store_activation
 from diffusers_sae.training import StreamingConfig, TrainingConfig, train_on_store, train_on_stream
 
 CALL = {"num_inference_steps": 3, "guidance_scale": 5.0, "height": 16, "width": 16}
+PRECISION = sys.argv[3]
 PROMPTS = [chr(97 + i % 26) * (1 + i // 26) for i in range(40)]
 
 
@@ -29,7 +30,7 @@ def capture(folder, store):
 
 
 def train(folder, store):
-    config = TrainingConfig(150, 256, lr=3e-3, dead_after=2000)
+    config = TrainingConfig(150, 256, lr=3e-3, dead_after=2000, precision=PRECISION)
     sae = train_on_store(
         ActivationStore(store), lambda d: TopKSAE(d, 64, 4), folder / "training", config, checkpoint_every=10
     )
@@ -40,8 +41,9 @@ def stream(folder, store):
     torch.manual_seed(0)
     config = StreamingConfig(40, 2, rows=128, reuse=4.0, buffer=1000, checkpoint_every=4)
     saes = train_on_stream(
-        Harness().pipe, {SITE: lambda d: TopKSAE(d, 32, 4)}, PROMPTS, config, folder / "training", **CALL
-    )
+        Harness().pipe, {SITE: lambda d: TopKSAE(d, 32, 4)}, PROMPTS, config, folder / "training",
+        training={"precision": PRECISION}, **CALL,
+    )  # fmt: skip
     saes[SITE].save_pretrained(folder)
 
 

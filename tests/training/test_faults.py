@@ -14,9 +14,12 @@ from safetensors.torch import load_file
 from diffusers_sae.capture import StoreConfig, store_activations
 
 
-def test_killed_processes_end_as_undisturbed_ones(tmp_path):
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_killed_processes_end_as_undisturbed_ones(tmp_path, precision):
     script = Path(__file__).with_name("kill_nine.py")
-    found = subprocess.run([sys.executable, script, tmp_path, "4"], capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        [sys.executable, script, tmp_path, "4", precision], capture_output=True, text=True, check=False
+    )
     assert found.returncode == 0 and found.stdout.count("all the same") == 3, found.stdout + found.stderr[-2000:]
 
 

@@ -30,22 +30,21 @@ def topk_encode(
     b_dec: torch.Tensor,
     k: int,
     *,
-    rough: bool = False,
+    search_dtype: torch.dtype = torch.float32,
     relu: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Values and indices, both `(N, k)`, of the k largest of `ReLU(W_enc (x - b_dec) + b_enc)`, for `x (N, d)`;
     without the ReLU if not `relu`.
 
     The dense pre-activations `(N, n)` are not kept for the backward pass, and made for a few rows at a time if they are
-    more than `HELD`. A `rough` search has a product in bfloat16
-    name `SPARE` k candidates, whose values are then taken in full precision: it may miss a latent that is nearly as
-    large as the k-th, and no more.
+    more than `HELD`. With a `search_dtype` of bfloat16, a product in it names `SPARE` k candidates, whose values are
+    then taken in full precision: it may miss a latent that is nearly as large as the k-th, and no more.
     """
     centred = x - b_dec
     with torch.no_grad():
-        if rough and SPARE * k < len(W_enc):
-            W, b = W_enc.bfloat16(), b_enc.bfloat16()
-            candidates = _largest_products(centred.bfloat16(), W, b, SPARE * k)[1]
+        if search_dtype != torch.float32 and SPARE * k < len(W_enc):
+            W, b = W_enc.to(search_dtype), b_enc.to(search_dtype)
+            candidates = _largest_products(centred.to(search_dtype), W, b, SPARE * k)[1]
             exact = _sampled(centred, W_enc, b_enc, candidates.flatten(), even(candidates)).view_as(candidates)
             values, places = exact.topk(k, dim=-1, sorted=False)
             indices = candidates.gather(1, places)
