@@ -19,12 +19,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from arguments import parse
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
 
@@ -33,11 +34,13 @@ from diffusers_sae.context import Context
 from diffusers_sae.edits import make_edit
 from diffusers_sae.hooks import LoadedSAE, SAEProcessor
 from diffusers_sae.prepared import prepare
-from diffusers_sae.sites import Site
+from diffusers_sae.sites import Place, Site
 from diffusers_sae.training.precision import DTYPES, resolve_precision
 
 WIDTH, ROWS, K = 1280, 512, 32
+LATENTS = (20_480, 163_840)
 SITE = "unet.up_blocks.1.attentions.1"
+SMOKE_UNET = {"block_out_channels": (32, 32, 64, 64), "layers_per_block": 1, "norm_num_groups": 8}
 
 
 def interleaved(sides: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
@@ -67,10 +70,11 @@ def dense_hook(sae: TopKSAE, x: torch.Tensor, features: torch.Tensor, strength: 
 
 
 @torch.no_grad()
-def hooks(rounds: int) -> list[dict[str, Any]]:
+def hooks(rounds: int, latents: Sequence[int]) -> list[dict[str, Any]]:
     """(a): one call of the hook on 512 rows of width 1280."""
     found = []
-    for n in (20_480, 163_840):
+    module = torch.nn.Identity()
+    for n in latents:
         torch.manual_seed(0)
         sae = TopKSAE(WIDTH, n, K).eval().requires_grad_(False)
         x = torch.randn(2, WIDTH, 16, 16)  # [uncond, cond] of 256 places
@@ -79,13 +83,13 @@ def hooks(rounds: int) -> list[dict[str, Any]]:
             for m in (1, 10, 100):
                 features = torch.randperm(n)[:m]
                 context = Context(rows=2, branches=("uncond", "cond"))
-                one = LoadedSAE("bench", sae, Site(SITE), context=context)
+                one = LoadedSAE("bench", sae, Site(SITE), Place("unet", module, module), context=context)
                 edit = make_edit(dict.fromkeys(features.tolist(), 2.0), sae, mode=mode, branch="both")
                 one.prepared = [prepare(edit, sae, None, context, None, torch.device("cpu"))]
                 hook = SAEProcessor([one], context, lambda: True)
                 times = interleaved(
                     {
-                        "ours": partial(hook.post_forward, torch.nn.Identity(), x),
+                        "ours": partial(hook.post_forward, module, x),
                         "dense": partial(dense_hook, sae, rows, features, 2.0, mode),
                     },
                     rounds if n < 100_000 else max(2, rounds // 4),
@@ -103,17 +107,18 @@ def hooks(rounds: int) -> list[dict[str, Any]]:
     return found
 
 
-def sd15_size(dtype: torch.dtype, device: str) -> Any:
+def sd15_size(dtype: torch.dtype, device: str, smoke: bool = False) -> Any:
     """A pipeline with a U-Net of the size of Stable Diffusion 1.5's and random weights; nothing else is needed."""
     torch.manual_seed(0)
     with torch.device(device):
-        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768).to(dtype).eval().requires_grad_(False)
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, **(SMOKE_UNET if smoke else {}))
+    unet = unet.to(dtype).eval().requires_grad_(False)
     pipe = StableDiffusionPipeline(
         vae=None,
         text_encoder=None,
         tokenizer=None,
         unet=unet,
-        scheduler=DDIMScheduler(),
+        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -122,15 +127,15 @@ def sd15_size(dtype: torch.dtype, device: str) -> Any:
     return SAESteeringPipeline.from_pipe(pipe)
 
 
-def sd15_call(dtype: torch.dtype, device: str, steps: int) -> dict[str, Any]:
-    """Arguments of one run of `sd15_size`: 64 x 64 latents, guidance on."""
+def sd15_call(dtype: torch.dtype, device: str, steps: int, side: int = 512) -> dict[str, Any]:
+    """Arguments of one run of `sd15_size`: images of `side` x `side` pixels, guidance on."""
     return {
         "prompt_embeds": torch.randn(1, 77, 768, dtype=dtype, device=device),
         "negative_prompt_embeds": torch.randn(1, 77, 768, dtype=dtype, device=device),
         "num_inference_steps": steps,
         "guidance_scale": 7.5,
-        "height": 512,
-        "width": 512,
+        "height": side,
+        "width": side,
     }
 
 
@@ -144,14 +149,17 @@ def machine() -> dict[str, Any]:
 
 
 @torch.no_grad()
-def denoiser(dtype: torch.dtype, device: str, steps: int, rounds: int, compiled: bool = False) -> dict[str, Any]:
+def denoiser(
+    dtype: torch.dtype, device: str, steps: int, rounds: int, smoke: bool, compiled: bool = False
+) -> dict[str, Any]:
     """(b), (c): whole runs of the pipeline, guidance on, ten features steered in every mode of cost."""
-    pipe = sd15_size(dtype, device)
-    width = pipe.unet.get_submodule(SITE.removeprefix("unet.")).out_channels or WIDTH
-    call = sd15_call(dtype, device, steps)
+    pipe = sd15_size(dtype, device, smoke)
+    width = pipe.unet.get_submodule(SITE.removeprefix("unet.")).out_channels
+    call = sd15_call(dtype, device, steps, 64 if smoke else 512)
     pipe.load_sae(TopKSAE(width, 20_480, K), site=SITE)
     if compiled:
-        pipe.unet = torch.compile(pipe.unet, fullgraph=True)
+        backend = "inductor" if device == "cuda" else "eager"  # the latter: smoke runs only trace
+        pipe.unet = torch.compile(pipe.unet, fullgraph=True, backend=backend)
 
     def run(mode: str | None) -> None:
         pipe.reset_steering()
@@ -171,11 +179,11 @@ def denoiser(dtype: torch.dtype, device: str, steps: int, rounds: int, compiled:
     }
 
 
-def from_disk() -> dict[str, Any]:
+def from_disk(latents: int) -> dict[str, Any]:
     """(d): a child process opens a large SAE that no cache holds, steers ten features, counts what it read and held."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.safetensors"
-        save_dictionary(163_840, file)
+        save_dictionary(latents, file)
         save_dictionary(64, file.with_name("small.safetensors"))
         with file.open("rb") as written:
             os.fsync(written.fileno())
@@ -224,29 +232,32 @@ def child(file: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--steps", type=int, default=1, help="denoising steps of a run of (b)")
-    parser.add_argument("--parts", default="a,b,c,d")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/steering_overhead.json"))
+    parser.add_argument("--parts", type=lambda text: text.split(","), default=list("abcd"))
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    parser.set_defaults(latents=LATENTS, gpu_steps=20)
+    args = parse(parser, "steering_overhead.json", rounds=1, latents=(512, 1024), gpu_steps=2)
     if args.child:
         child(args.child)
         return
     figures = json.loads(args.out.read_text()) if args.out.exists() else {}
     figures["machine"] = machine()
-    parts = args.parts.split(",")
-    if "a" in parts:
-        figures["hook"] = hooks(args.rounds)
-    if "d" in parts:
-        figures["from_disk"] = from_disk()
+    if "a" in args.parts:
+        figures["hook"] = hooks(args.rounds, args.latents)
+    if "d" in args.parts:
+        figures["from_disk"] = from_disk(args.latents[-1])
         print(json.dumps(figures["from_disk"]))
-    if "b" in parts:
-        figures["denoiser"] = denoiser(DTYPES[resolve_precision()], "cpu", args.steps, max(3, args.rounds // 4))
+    if "b" in args.parts:
+        dtype, rounds = DTYPES[resolve_precision()], max(3, args.rounds // 4)
+        figures["denoiser"] = denoiser(dtype, "cpu", args.steps, rounds, args.smoke)
         print(json.dumps(figures["denoiser"]))
-    if "c" in parts and torch.cuda.is_available():
-        figures["denoiser_gpu"] = [denoiser(torch.float16, "cuda", 20, args.rounds, c) for c in (False, True)]
+    if "c" in args.parts and (torch.cuda.is_available() or args.smoke):
+        where = (torch.float16, "cuda") if torch.cuda.is_available() else (torch.float32, "cpu")
+        figures["denoiser_gpu"] = [
+            denoiser(*where, args.gpu_steps, args.rounds, args.smoke, compiled) for compiled in (False, True)
+        ]
         print(json.dumps(figures["denoiser_gpu"]))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(figures, indent=1) + "\n")

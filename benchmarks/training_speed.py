@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from arguments import parse
 from peers import SIDES, Task
 from tqdm import tqdm
 
@@ -27,6 +28,9 @@ from diffusers_sae.capture import ActivationStore
 from diffusers_sae.evaluation.known_features import KnownFeatures
 from diffusers_sae.training.precision import DTYPES, resolve_precision
 
+TASK = Task(d=1280, n_latents=20_480, k=32, rows=2048, steps=14)
+QUALITY = Task(d=256, n_latents=2048, k=16, rows=1024, steps=600)
+SMOKE, SMOKE_QUALITY = Task(64, 512, 8, rows=256, steps=14), Task(16, 64, 4, rows=256, steps=24)
 RATES = {"diffusers_sae": (0.3, 1.0, 3.0)}
 PEERS_RATES = (1.0, 3.0, 10.0, 30.0, 100.0)
 """Multiples of each side's own rate; the best should be neither the first nor the last."""
@@ -46,14 +50,14 @@ def floor(task: Task) -> Callable[[], Any]:
     return lambda: torch.mm(x, weight.T, out=out)
 
 
-def speed(task: Task, rounds: int) -> dict[str, Any]:
+def speed(task: Task, rounds: int, names: list[str]) -> dict[str, Any]:
     """Median seconds of a step of each side, which take turns."""
     made = data(task)
     sample = made.rows(4096)
     sides = {}
-    for name, side in SIDES.items():
+    for name in names:
         torch.manual_seed(0)
-        sides[name] = side(task, sample)
+        sides[name] = SIDES[name](task, sample)
     times: dict[str, list[float]] = {name: [] for name in (*sides, "floor")}
     product = floor(task)
     for i in tqdm(range(rounds + 2), desc="rounds"):
@@ -64,20 +68,23 @@ def speed(task: Task, rounds: int) -> dict[str, Any]:
             if i > 1:
                 times[name].append(time.perf_counter() - start)
     seconds = {name: statistics.median(each) for name, each in times.items()}
-    fastest = min((name for name in SIDES if name != "diffusers_sae"), key=lambda name: seconds[name])
+    fastest = min((name for name in names if name != "diffusers_sae"), key=lambda name: seconds[name], default=None)
+    against = {
+        "fastest_peer": fastest,
+        "ours_over_fastest_peer": seconds[fastest] / seconds["diffusers_sae"],
+    } if fastest else {}  # fmt: skip
     return {
         "seconds_a_step": seconds,
         "rows_a_second": {name: task.rows / each for name, each in seconds.items()},
-        "fastest_peer": fastest,
-        "ours_over_fastest_peer": seconds[fastest] / seconds["diffusers_sae"],
+        **against,
         "share_of_the_floor": seconds["floor"] / seconds["diffusers_sae"],
     }
 
 
-def memory(task: Task) -> dict[str, float]:
+def memory(task: Task, names: list[str]) -> dict[str, float]:
     """Peak resident bytes of each side over three steps, less what the process held before it was made."""
     found = {}
-    for name in SIDES:
+    for name in names:
         command = [sys.executable, __file__, "--child", name, "--task", json.dumps(asdict(task))]
         told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         found[name] = float(told.splitlines()[-1])
@@ -142,7 +149,10 @@ def quality(task: Task, store: Path | None, names: list[str]) -> dict[str, Any]:
         sides[name] = {str(rate): fvu_after(name, replace(task, rate=rate), store) for rate in rates}
         rate = min(sides[name], key=lambda rate: sides[name][rate]["fvu"])
         sides[name]["best"] = {"rate": float(rate), **sides[name][rate]}
-    rival = min((name for name in sides if name != "diffusers_sae"), key=lambda name: sides[name]["best"]["fvu"])
+    rivals = [name for name in sides if name != "diffusers_sae"]
+    if not rivals:
+        return {"task": asdict(task), "sides": sides}
+    rival = min(rivals, key=lambda name: sides[name]["best"]["fvu"])
     best, fewer, shorter = sides[rival]["best"]["fvu"], 1, {}
     for share in SHORTER:
         ours = replace(task, rate=sides["diffusers_sae"]["best"]["rate"], steps=task.steps // share)
@@ -162,34 +172,34 @@ def quality(task: Task, store: Path | None, names: list[str]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--parts", default="speed,memory,quality")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/training_speed.json"))
-    parser.add_argument("--sides", type=lambda text: text.split(","), default=list(SIDES), help="for the quality")
+    parser.add_argument("--parts", type=lambda text: text.split(","), default=["speed", "memory", "quality"])
+    parser.add_argument(
+        "--sides", type=lambda text: text.split(","), default=list(SIDES), help="ours is diffusers_sae; default: all"
+    )
     parser.add_argument("--store", type=Path, help="folder of one site that `diffusers-sae capture` made")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--task", type=json.loads, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parse(parser, "training_speed.json", rounds=1, sides=["diffusers_sae"])  # peers need their environment
     if args.child:
         child(args.child, Task(**args.task))
         return
     figures = json.loads(args.out.read_text()) if args.out.exists() else {}
-    task = Task(d=1280, n_latents=20_480, k=32, rows=2048, steps=args.rounds + 2)
-    parts = args.parts.split(",")
+    task = replace(SMOKE if args.smoke else TASK, steps=args.rounds + 2)
     figures["machine"] = {
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "precision": resolve_precision(),
     }
     figures["task"] = asdict(task)
-    if "speed" in parts:
-        figures["speed"] = speed(task, args.rounds)
+    if "speed" in args.parts:
+        figures["speed"] = speed(task, args.rounds, args.sides)
         print(json.dumps(figures["speed"], indent=1))
-    if "memory" in parts:
-        figures["peak_bytes"] = memory(task)
+    if "memory" in args.parts:
+        figures["peak_bytes"] = memory(task, args.sides)
         print(json.dumps(figures["peak_bytes"]))
     args.out.write_text(json.dumps(figures, indent=1) + "\n")
-    if "quality" in parts:
-        figures["quality"] = quality(Task(d=256, n_latents=2048, k=16, rows=1024, steps=600), None, args.sides)
+    if "quality" in args.parts:
+        figures["quality"] = quality(SMOKE_QUALITY if args.smoke else QUALITY, None, args.sides)
         args.out.write_text(json.dumps(figures, indent=1) + "\n")
     if args.store:
         width = ActivationStore(args.store).width
