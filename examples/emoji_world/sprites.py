@@ -1,7 +1,8 @@
-"""Drawings from the npm registry, rasterised to sprites: `python sprites.py --out outputs/emoji_world`.
+"""Drawings from npm packages, rasterised to sprites: `python sprites.py --out outputs/emoji_world`.
 
-Writes `sprites.npz` (96 x 96 RGBA, one array a drawing). Packages are fetched as tarballs,
-checked against the registry's own SHA-512, and read without unpacking. Nothing of them is executed.
+Writes `sprites.npz` (96 x 96 RGBA, one array per drawing). The npm client fetches the packages as tarballs, from the
+registry that it is set up for. They are checked against the SHA-512 below and read without being unpacked; nothing of
+them is executed.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import base64
 import hashlib
 import io
 import json
+import shutil
+import subprocess
 import tarfile
-import urllib.request
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +27,6 @@ from tqdm import tqdm
 from diffusers_sae.demo.world import GENDERS, ROLES, SKIN_TONES, THINGS
 
 SIZE = 96
-REGISTRY = "https://registry.npmjs.org"
 
 
 @dataclass(frozen=True)
@@ -33,19 +35,39 @@ class Package:
     version: str
     licence: str
     authors: str
-
-    @property
-    def url(self) -> str:
-        return f"{REGISTRY}/{self.name}/-/{self.name.split('/')[-1]}-{self.version}.tgz"
+    sha512: str
+    """In base64, as registries and lock files state it."""
 
 
 PACKAGES = {
-    "3d": Package("@lobehub/fluent-emoji-3d", "1.1.0", "MIT", "Fluent Emoji, Microsoft; packed by LobeHub"),
-    "flat": Package("@iconify-json/fluent-emoji-flat", "1.2.6", "MIT", "Fluent Emoji, Microsoft; packed by Iconify"),
-    "ink": Package(
-        "@iconify-json/fluent-emoji-high-contrast", "1.2.6", "MIT", "Fluent Emoji, Microsoft; packed by Iconify"
+    "3d": Package(
+        "@lobehub/fluent-emoji-3d",
+        "1.1.0",
+        "MIT",
+        "Fluent Emoji, Microsoft; packed by LobeHub",
+        "Wlq2lVStTnr8BDpIJ0pEnTKO4LuDxxqTEhTvRtD1DLRF0me7ogeRQjKoehDHXuVJ2Qaecgl5wRBv60lUAG3h7g==",
     ),
-    "cartoon": Package("@iconify-json/noto", "1.2.9", "Apache-2.0", "Noto Emoji, Google; packed by Iconify"),
+    "flat": Package(
+        "@iconify-json/fluent-emoji-flat",
+        "1.2.6",
+        "MIT",
+        "Fluent Emoji, Microsoft; packed by Iconify",
+        "RY47RgPb47fYUiyrA64sIOL0+UU02s29sXpNBbIQRBUlPlfNFTKUmZDERGuxDs/7yNGWqQYvuaSYM1M4fRXlUw==",
+    ),
+    "ink": Package(
+        "@iconify-json/fluent-emoji-high-contrast",
+        "1.2.6",
+        "MIT",
+        "Fluent Emoji, Microsoft; packed by Iconify",
+        "esqhZPpkrF7sNX3NsLoh8KW64okEr/bzko7WNnFP+qTJGAqDPDYjp0925yxuivXy3HtVQB8xhIKu3+Nq1byX5w==",
+    ),
+    "cartoon": Package(
+        "@iconify-json/noto",
+        "1.2.9",
+        "Apache-2.0",
+        "Noto Emoji, Google; packed by Iconify",
+        "DQiuXENbun41ch+XPSV55H9FaWKpHTyz46YIKtSaKYD4fIDDzL1tR6H4np/T38jfrTAeI3rcKF0mqHYeZVAuaw==",
+    ),
 }
 
 # object -> (icon name in the Iconify sets, code point of the 3D bitmap)
@@ -102,20 +124,34 @@ def sprite_keys() -> dict[str, tuple[str, str | None, str | None]]:
 
 
 def fetch(package: Package, cache: Path) -> bytes:
-    """The package's tarball, from `cache` or the registry; raises `ValueError` if its SHA-512 is not the registry's."""
+    """The package's tarball, from `cache` or else from npm.
+
+    Raises:
+        SystemExit: without an npm client, if it finds no such package, or if the SHA-512 of what it fetched differs.
+    """
     path = cache / f"{package.name.replace('/', '+')}-{package.version}.tgz"
     if not path.exists():
-        with urllib.request.urlopen(f"{REGISTRY}/{package.name}/{package.version}") as reply:
-            integrity = json.load(reply)["dist"]["integrity"]
-        with urllib.request.urlopen(package.url) as reply:
-            data = reply.read()
-        if integrity != "sha512-" + base64.b64encode(hashlib.sha512(data).digest()).decode():
-            raise ValueError(f"{package.url} does not have the registry's checksum; fetch it again.")
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".part")
-        partial.write_bytes(data)
-        partial.rename(path)
-    return path.read_bytes()
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            pack(package, Path(folder)).rename(path)
+    data = path.read_bytes()
+    if base64.b64encode(hashlib.sha512(data).digest()).decode() != package.sha512:
+        path.unlink()
+        raise SystemExit(f"{package.name} {package.version} is not what it was; its SHA-512 differs. Run this again.")
+    return data
+
+
+def pack(package: Package, folder: Path) -> Path:
+    """The package's tarball as the npm client writes it into an empty folder; scripts of the package don't run."""
+    npm = shutil.which("npm")
+    if npm is None:
+        raise SystemExit("The drawings come from npm packages; install Node.js, which has the client npm.")
+    command = [npm, "pack", "--loglevel=error", "--ignore-scripts", f"{package.name}@{package.version}"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"npm did not fetch {package.name} {package.version}: {done.stderr.strip() or done.stdout}")
+    (tarball,) = folder.glob("*.tgz")
+    return tarball
 
 
 def read_members(tarball: bytes, names: set[str]) -> dict[str, bytes]:
