@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
-from diffusers_sae.demo.measure_steering import Towards, edits_towards, judged, silent_scenes, steering_figures
+from diffusers_sae.demo.measure_steering import Towards, edits_towards, judged, silent_scenes, steering_rows
 from diffusers_sae.demo.shipped import CALL, SITES, load_judge, load_pipeline
 from diffusers_sae.demo.world import BACKGROUNDS, CONCEPTS, STYLES, THINGS, concept_name, sample_captions, sample_scene
 from diffusers_sae.evaluation.ledger import Ledger
-from diffusers_sae.evaluation.shares import Share
+from diffusers_sae.evaluation.rows import pooled
 from diffusers_sae.features.concepts import concept_activity
 from diffusers_sae.saes import BatchTopKSAE, MatryoshkaSAE, SparseAutoencoder, TopKSAE
 from diffusers_sae.training import StreamedSAE, StreamingConfig, train_on_stream
@@ -69,19 +69,17 @@ def steering(pipe: Any, saes: dict[str, SparseAutoencoder], scores: Any, ledger:
         scenes = silent_scenes(factor, images, SEED)
         bare = ledger.get(f"bare {factor} {images}", partial(judged, pipe, judge, scenes, SEED))
         for strength in STRENGTHS[factor]:
-            shares = {name: Share() for name in ("seen", "kept")}
+            rows = {}  # the same images are steered towards every concept
             for value in values:
                 concept = concept_name(factor, value)
                 for edit in edits_towards(scores, concept, how._replace(strength=strength)):
                     pipe.steer(**edit)
                 seen = ledger.get(f"{kind} {concept} {strength} {images}", partial(judged, pipe, judge, scenes, SEED))
                 pipe.reset_steering()
-                one = steering_figures(concept, scenes, bare, seen)
-                for name in shares:
-                    images_of = one[name]["images"]
-                    shares[name] += Share(round(one[name]["value"] * images_of), images_of)
-            found[factor][str(strength)] = {name: share.as_dict() for name, share in shares.items()}
-            print(kind, factor, strength, found[factor][str(strength)], flush=True)
+                rows[concept] = steering_rows(concept, scenes, bare, seen)
+            shares = {name: pooled(rows.values(), name).as_dict() for name in ("seen", "kept")}
+            found[factor][str(strength)] = {**shares, "rows": {c: each.as_dict() for c, each in rows.items()}}
+            print(kind, factor, strength, shares, flush=True)
     pipe.unload_sae()
     return found
 

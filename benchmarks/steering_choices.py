@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from diffusers_sae.demo.measure_removal import CONFIDENT
-from diffusers_sae.demo.measure_steering import edits_towards, judged, load_towards, silent_scenes, steering_figures
+from diffusers_sae.demo.measure_steering import edits_towards, judged, load_towards, silent_scenes, steering_rows
 from diffusers_sae.demo.quality import fingerprint
 from diffusers_sae.demo.shipped import (
     MODELS,
@@ -31,7 +31,7 @@ from diffusers_sae.demo.shipped import (
 )
 from diffusers_sae.demo.world import CONCEPTS, OBJECTS, Scene, concept_name, grid
 from diffusers_sae.evaluation.ledger import Ledger
-from diffusers_sae.evaluation.shares import Share
+from diffusers_sae.evaluation.rows import Rows, pooled
 
 SEED = 90_000_000
 BRANCHES = ("cond", "uncond", "both", "contrast")
@@ -72,10 +72,13 @@ class Choices:
         self._ledger = Ledger(work / "choices.jsonl", fingerprint())
 
     def branches(self, images: int) -> dict[str, Any]:
-        """Shares of images that show the concept and keep all else, by the branch that is edited."""
+        """Shares of images that show the concept and keep all else, by the branch that is edited.
+
+        The same images are steered towards all concepts of a factor.
+        """
         towards, found = load_towards(), {}
         for branch in BRANCHES:
-            each = {}
+            each: dict[str, Rows] = {}
             for concept in tqdm(BRANCH_CONCEPTS, desc=branch):
                 scenes = silent_scenes(CONCEPTS[concept], images, SEED)
 
@@ -86,22 +89,22 @@ class Choices:
                 edits = edits_towards(self._scores, concept, towards[concept])
                 work = partial(self._steered, edits, seen, branch=branch)
                 steered = self._ledger.get(f"{branch} {concept} {images}", work)
-                figures = steering_figures(concept, scenes, bare, steered)
-                each[concept] = {share: figures[share]["value"] for share in ("seen", "kept")}
-            mean = {share: sum(f[share] for f in each.values()) / len(each) for share in ("seen", "kept")}
-            found[branch] = {"mean": mean, "concepts": each}
+                each[concept] = steering_rows(concept, scenes, bare, steered)
+            mean = {share: pooled(each.values(), share).as_dict() for share in ("seen", "kept")}
+            found[branch] = {"mean": mean, "concepts": {concept: rows.figures() for concept, rows in each.items()}}
         return found
 
     def masks(self, images: int) -> list[dict[str, Any]]:
         """Which half of the background turns, for a mask over the left half, by when the edits begin.
 
-        The judge sees each half together with its mirror image, as a whole picture.
+        The judge sees each half together with its mirror image, as a whole picture. Images of which a half has the
+        background already say nothing about it and are left out of that half's shares.
         """
         mask = torch.zeros(64, 64)
         mask[:, :32] = 1
         towards, found = load_towards(), []
         for start in STARTS:
-            shares = {name: Share() for name in ("left_before", "left_turned", "right_turned", "right_as_before")}
+            each: dict[str, Rows] = {}
             for concept in tqdm(MASK_CONCEPTS, desc=f"masks from {start}"):
                 prompts = [s.caption() for s in silent_scenes("background", images, SEED)]
 
@@ -112,13 +115,11 @@ class Choices:
                 edits = edits_towards(self._scores, concept, towards[concept])
                 work = partial(self._steered, edits, halves, mask=mask, start=start, stop=1.0)
                 seen = self._ledger.get(f"halves {start} {concept} {images}", work)
-                for (left, right), (old_left, old_right) in zip(seen, bare, strict=True):
-                    shares["left_before"].count(old_left == concept)
-                    shares["left_turned"].count(left == concept)
-                    if old_right != concept:
-                        shares["right_turned"].count(right == concept)
-                        shares["right_as_before"].count(right == old_right)
-            found.append({"start": start, **{name: share.as_dict() for name, share in shares.items()}})
+                each[concept] = _halves_turned(concept, seen, bare)
+            shares = {name: pooled(each.values(), name).as_dict() for name in next(iter(each.values())).columns}
+            found.append(
+                {"start": start, **shares, "rows": {concept: rows.as_dict() for concept, rows in each.items()}}
+            )
         return found
 
     def _backgrounds(self, images: list[torch.Tensor]) -> list[list[str]]:
@@ -132,7 +133,8 @@ class Choices:
     def removal(self) -> dict[str, Any]:
         """Removal by `scale` and by `replace`, with the same latents under the same rule, as curves.
 
-        `ua`: share of images no longer seen as the object. `damaged`: share of images in which style or background
+        `ua`: share of images no longer seen as the object. `background_where_removed`: share of those that keep their
+        background. `damaged`: share of images in which style or background
         could be named with confidence, and now cannot, or is another. The object is left out of that, since it is
         what should go. `background` and `style`: shares of images that keep theirs.
         """
@@ -141,12 +143,9 @@ class Choices:
         for mode, settings in REMOVALS.items():
             found[mode], flags[mode] = [], []
             for setting in settings:
-                each = torch.tensor(self._judged_removals(mode, setting))  # (images, 4)
-                shares = {}
-                for name, column in zip(FLAGS, each.T, strict=True):
-                    shares[name] = Share(int(column.sum()), len(column)).as_dict()
-                flags[mode].append(each.double())
-                found[mode].append({**setting._asdict(), **shares})
+                judged = self._judged_removals(mode, setting)
+                flags[mode].append(torch.tensor(judged).double())  # (images, FLAGS)
+                found[mode].append({**setting._asdict(), **_removal_rows(judged).figures()})
         found["at_equal_ua"] = [
             {
                 "latents": setting.latents,
@@ -202,6 +201,23 @@ class Choices:
 
 
 FLAGS = ("ua", "damaged", "background", "style")
+
+
+def _halves_turned(concept: str, seen: list[list[str]], bare: list[list[str]]) -> Rows:
+    """Of each image's halves, those that have the background now, of those that had another."""
+    columns: dict[str, list[bool | None]] = {"left_turned": [], "right_turned": [], "right_as_before": []}
+    for (left, right), (old_left, old_right) in zip(seen, bare, strict=True):
+        columns["left_turned"].append(None if old_left == concept else left == concept)
+        columns["right_turned"].append(None if old_right == concept else right == concept)
+        columns["right_as_before"].append(None if old_right == concept else right == old_right)
+    return Rows(range(len(seen)), columns)
+
+
+def _removal_rows(judged: list[list[bool]]) -> Rows:
+    columns: dict[str, list[bool | None]] = {name: [row[i] for row in judged] for i, name in enumerate(FLAGS)}
+    pairs = zip(columns["ua"], columns["background"], strict=True)
+    columns["background_where_removed"] = [kept if removed else None for removed, kept in pairs]
+    return Rows(range(len(judged)), columns)
 
 
 def _flags(target: str, before: dict[str, Any], after: dict[str, Any]) -> list[bool]:

@@ -7,9 +7,7 @@ import statistics
 import time
 from typing import Any
 
-import torch
-
-from ..evaluation.shares import Share
+from ..evaluation.rows import Rows
 from .judge import Judge
 from .shipped import generate, look
 from .world import FACTORS, Scene, leave_out, sample_scene
@@ -23,16 +21,15 @@ def fresh_scenes(count: int) -> list[Scene]:
     return [leave_out(sample_scene(rng), rng) for _ in range(count)]
 
 
-def accuracy(pipe: Any, judge: Judge, count: int = 512) -> tuple[dict[str, Any], list[torch.Tensor]]:
-    """Share of images, made from captions of every template, in which the judge sees each told factor; the images."""
+def accuracy(pipe: Any, judge: Judge, count: int = 512) -> Rows:
+    """Whether the judge sees each factor that the caption tells, in images made from captions of every template."""
     scenes = fresh_scenes(count)
     images = list(generate(pipe, [s.caption(i) for i, s in enumerate(scenes)], range(SEED, SEED + count)))
-    shares = {factor: Share() for factor in FACTORS}
+    columns: dict[str, list[bool | None]] = {factor: [] for factor in FACTORS}
     for scene, seen in zip(scenes, look(judge, images), strict=True):
         for factor, label in scene.labels().items():
-            if label >= 0:
-                shares[factor].count(seen[factor][0] == getattr(scene, factor))
-    return {factor: share.as_dict() for factor, share in shares.items()}, images
+            columns[factor].append(seen[factor][0] == getattr(scene, factor) if label >= 0 else None)
+    return Rows(range(count), columns)
 
 
 def seconds_an_image(pipe: Any, runs: int = 7) -> float:

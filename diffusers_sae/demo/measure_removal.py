@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -18,6 +18,8 @@ from .shipped import CALL, SITES, generate, look
 from .world import CONCEPTS, Scene, grid
 
 SEED = 61_000_000
+TUNING_SEED = 62_000_000
+"""Of the images by which settings are chosen; those of the figures are others."""
 CONFIDENT = 0.5
 JUDGED = ("object", "style", "background")
 
@@ -78,10 +80,10 @@ def cells_of(target: str, images: int) -> list[tuple[int, Scene]]:
     return rng.sample(inside, min(images, len(inside))) + rng.sample(outside, images)
 
 
-def first_steps(pipe: Any, site: str) -> torch.Tensor:
-    """What a site holds at the first step of every cell's image, `(cells, P, d)`: what rules decide by."""
+def first_steps(pipe: Any, site: str, scenes: Sequence[Scene], seed: int = SEED) -> torch.Tensor:
+    """What a site holds at the first step of every scene's image, `(scenes, P, d)`: what rules decide by."""
     stream = stream_activations(
-        pipe, [site], [s.caption() for s in grid()], batch_size=32, seed=SEED, first_step_only=True, **CALL
+        pipe, [site], [s.caption() for s in scenes], batch_size=32, seed=seed, first_step_only=True, **CALL
     )
     return torch.cat([batch.rows(site)[0][0] for batch in stream])
 
@@ -95,20 +97,35 @@ class Sighting(NamedTuple):
     unsure: list[str]
 
 
-def sightings(pipe: Any, judge: Judge, cells: Sequence[tuple[int, Scene]]) -> list[Sighting]:
-    """One image a cell, from the noise of the cell's own seed."""
-    images = list(generate(pipe, [s.caption() for _, s in cells], [SEED + i for i, _ in cells]))
+def draw_cells(pipe: Any, cells: Sequence[tuple[int, Scene]], seed: int = SEED) -> list[torch.Tensor]:
+    """One image `(3, 64, 64)` per cell, from the noise of the cell's own seed."""
+    return list(generate(pipe, [s.caption() for _, s in cells], [seed + i for i, _ in cells]))
+
+
+def sightings(judge: Judge, cells: Sequence[tuple[int, Scene]], images: Sequence[torch.Tensor]) -> list[Sighting]:
+    """What the judge sees in the image of each cell."""
+    if not cells:
+        return []
     return [
         Sighting(i, seen["style"][0], seen["object"][0], [f for f in JUDGED if seen[f][1] < CONFIDENT])
         for (i, _), seen in zip(cells, look(judge, images), strict=True)
     ]
 
 
-def outcomes(steered: Iterable[Sighting], bare: Sequence[Sighting]) -> list[Outcome]:
-    """An artefact is a factor that could be named in the bare image (`bare` is the full grid) and cannot now."""
-    scenes = grid()
-    return [
-        Outcome(str(scenes[s.cell].style), str(scenes[s.cell].object), s.style, s.object,
-                bool(set(s.unsure) - set(bare[s.cell].unsure)))
-        for s in steered
-    ]  # fmt: skip
+def outcomes(
+    steered: Iterable[Sighting], bare: Mapping[int, Sighting], scenes: Sequence[Scene], domain: str,
+    edited: Collection[int],
+) -> list[Outcome]:  # fmt: skip
+    """Outcomes of removing a concept of `domain`; `edited` are the cells whose images an edit changed.
+
+    An artefact is a factor other than `domain` that could be named in the bare image and cannot be now: `domain` is
+    what should go, and an image without it need not show another value of it.
+    """
+    found = []
+    for s in steered:
+        asked, before = scenes[s.cell], bare[s.cell]
+        lost = set(s.unsure) - set(before.unsure) - {domain}
+        artefact = bool(lost) if s.cell in edited else None
+        seen = s.style, s.object, before.style, before.object
+        found.append(Outcome(s.cell, str(asked.style), str(asked.object), *seen, artefact))
+    return found

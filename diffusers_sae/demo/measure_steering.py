@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..evaluation.shares import Share
+from ..evaluation.rows import Rows
 from ..features.concepts import ConceptScores
 from .judge import Judge
 from .shipped import MODELS, SITES, Seen, generate, look
@@ -62,16 +62,15 @@ def edits_towards(
     ]
 
 
-def steering_figures(
-    concept: str, scenes: Sequence[Scene], bare: Sequence[Seen], steered: Sequence[Seen]
-) -> dict[str, Any]:
-    """Shares of images in which the concept is `seen`, bare and steered, and all other told factors are as before."""
+def steering_rows(concept: str, scenes: Sequence[Scene], bare: Sequence[Seen], steered: Sequence[Seen]) -> Rows:
+    """Whether images show the concept, steered (`seen`) and bare (`seen_bare`), and all other told factors are as
+    before (`kept`)."""
     factor, value = CONCEPTS[concept], CONCEPT_VALUES[concept]
-    seen, before, kept = Share(), Share(), Share()
+    columns: dict[str, list[bool | None]] = {"seen": [], "seen_bare": [], "kept": []}
     for scene, old, new in zip(scenes, bare, steered, strict=True):
         visible = replace(scene, **{factor: value}).labels()
         told = [f for f, label in scene.labels().items() if label >= 0 and visible[f] >= 0]
-        seen.count(new[factor][0] == value)
-        before.count(old[factor][0] == value)
-        kept.count(all(new[f][0] == old[f][0] for f in told))
-    return {"seen": seen.as_dict(), "seen_bare": before.as_dict(), "kept": kept.as_dict()}
+        columns["seen"].append(new[factor][0] == value)
+        columns["seen_bare"].append(old[factor][0] == value)
+        columns["kept"].append(all(new[f][0] == old[f][0] for f in told))
+    return Rows(range(len(scenes)), columns)

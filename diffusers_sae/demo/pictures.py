@@ -64,10 +64,15 @@ def draw_curves(curves: dict[str, Any], path: Path) -> None:
             points = points_of[what]
             labels = [_tick(point["value"]) for point in points]
             for key, name in FIGURES.items():
-                values = [point[key]["value"] for point in points]
-                low = [v - p[key]["low"] for v, p in zip(values, points, strict=True)]
-                high = [p[key]["high"] - v for v, p in zip(values, points, strict=True)]
-                axis.errorbar(labels, values, [low, high], marker="o", ms=4, capsize=2, lw=1.2, label=name)
+                shares = [(label, point[key]) for label, point in zip(labels, points, strict=True)]
+                counted = [(label, share) for label, share in shares if share["value"] is not None]
+                values = [share["value"] for _, share in counted]
+                low = [share["value"] - share["low"] for _, share in counted]
+                high = [share["high"] - share["value"] for _, share in counted]
+                axis.errorbar(
+                    [label for label, _ in counted], values, [low, high],
+                    marker="o", ms=4, capsize=2, lw=1.2, label=name,
+                )  # fmt: skip
             for i in (i for i, point in enumerate(points) if point["chosen"]):
                 axis.axvspan(i - 0.3, i + 0.3, color="gold", alpha=0.35, lw=0)
             axis.set(title=what.replace("_", " "), ylim=(-0.03, 1.03))

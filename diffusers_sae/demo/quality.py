@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +15,22 @@ from tqdm import tqdm
 from ..checksums import sha256
 from ..evaluation.baselines import ERROR_TERMS, load_with_error_term
 from ..evaluation.ledger import Ledger
-from ..evaluation.shares import Share
+from ..evaluation.rows import Rows
 from ..evaluation.unlearning import UnlearningAccuracy, unlearning_accuracy
 from ..saes import TopKSAE
 from . import measure_model, measure_removal, measure_sae, measure_steering
-from .measure_removal import REMOVAL, Removal, Sighting, cells_of, edits_away, outcomes, sightings
+from .measure_removal import (
+    REMOVAL,
+    SEED,
+    TUNING_SEED,
+    Removal,
+    Sighting,
+    cells_of,
+    draw_cells,
+    edits_away,
+    outcomes,
+    sightings,
+)
 from .shipped import MODELS, SITES, load_detectors, load_judge, load_pipeline, load_scores
 from .world import CONCEPTS, FACTORS, Scene, grid
 
@@ -50,10 +60,15 @@ def fingerprint(models: Path = MODELS) -> dict[str, str]:
 
 
 class Quality:
-    """Measures the models in a folder. Every method returns JSON data and goes on where a stopped one was."""
+    """Measures the models in a folder. Every method returns JSON data and goes on where a stopped one was.
 
-    def __init__(self, ledger: Ledger, models: Path = MODELS) -> None:
+    `scenes` are the cells of the grid that `bare`, `styles` and `objects` are measured on.
+    """
+
+    def __init__(self, ledger: Ledger, models: Path = MODELS, scenes: Sequence[Scene] | None = None) -> None:
         self._ledger = ledger
+        self._scenes = grid() if scenes is None else list(scenes)
+        self._first_steps: dict[int, torch.Tensor] = {}
         self._pipe = load_pipeline(models / "emoji-sd")
         self._judge = load_judge(models / "judge")
         self._saes = {site: TopKSAE.from_pretrained(models / "saes" / site).float() for site in SITES}
@@ -66,10 +81,11 @@ class Quality:
         """How often emoji-sd draws what it is asked for, how long an image takes, how large everything shipped is."""
 
         def measure() -> dict[str, Any]:
-            accuracy, _ = measure_model.accuracy(self._pipe, self._judge, images)
+            accuracy = measure_model.accuracy(self._pipe, self._judge, images)
             seconds = measure_model.seconds_an_image(self._pipe)
             return {
-                "accuracy": accuracy,
+                "accuracy": {factor: accuracy.share(factor).as_dict() for factor in FACTORS},
+                "rows": accuracy.as_dict(),
                 "seconds_an_image": round(seconds, 3),
                 "megabytes": round(self._size / 1e6, 1),
             }
@@ -97,7 +113,8 @@ class Quality:
                 steered = self._ledger.get(f"towards {concept} {images} {measure_steering.SEED} {how}", seen)
             figures[concept] = {
                 "how": how._asdict(),
-                **measure_steering.steering_figures(concept, scenes, bare, steered),
+                "seed": measure_steering.SEED,
+                **measure_steering.steering_rows(concept, scenes, bare, steered).figures(),
             }
         return figures
 
@@ -111,19 +128,20 @@ class Quality:
         ]
         figures: dict[str, Any] = {domain: {what: [] for what in VARIATIONS[domain]} for domain in REMOVAL}
         for domain, what, value, how in tqdm(points, desc="curves"):
-            total = self._removal(CURVE_TARGETS[domain], how, lambda target: cells_of(target, images))
-            point = {"value": value, "how": how.as_dict(), "chosen": how == REMOVAL[domain]}
-            figures[domain][what].append({**point, **total.as_dict()})
+            total = self._removal(CURVE_TARGETS[domain], how, lambda target: cells_of(target, images), TUNING_SEED)
+            point = {"value": value, "how": how.as_dict(), "chosen": how == REMOVAL[domain], "seed": TUNING_SEED}
+            figures[domain][what].append({**point, **total.as_dict(), "rows": total.rows_as_dict()})
         return figures
 
     def bare(self) -> dict[str, Any]:
         """What the judge sees in the images of the grid when nothing is removed."""
-        scenes, seen = grid(), self._bare_grid()
-        return {
-            "style": _share(s.style == scenes[s.cell].style for s in seen),
-            "object": _share(s.object == scenes[s.cell].object for s in seen),
-            "unsure": _share(bool(s.unsure) for s in seen),
+        seen = self._bare_grid(SEED).values()
+        columns = {
+            "style": [s.style == self._scenes[s.cell].style for s in seen],
+            "object": [s.object == self._scenes[s.cell].object for s in seen],
+            "unsure": [bool(s.unsure) for s in seen],
         }
+        return Rows([s.cell for s in seen], columns).figures()
 
     def styles(self) -> dict[str, Any]:
         """Removal of every style at the chosen point, each over the full grid."""
@@ -134,33 +152,44 @@ class Quality:
         return self._full_removal("object")
 
     def _full_removal(self, domain: str) -> dict[str, Any]:
-        how, targets, cells = REMOVAL[domain], FACTORS[domain], list(enumerate(grid()))
-        each = {t: self._removal([t], how, lambda _: cells) for t in tqdm(targets, desc=f"removal of {domain}s")}
-        total = sum(list(each.values())[1:], each[targets[0]])
-        figures = {target: {**result.as_dict(), **self._detection(target)} for target, result in each.items()}
-        return {"how": how.as_dict(), **total.as_dict(), "targets": figures}
+        how, cells = REMOVAL[domain], list(enumerate(self._scenes))
+        targets = [value for value in FACTORS[domain] if any(getattr(s, domain) == value for s in self._scenes)]
+        each = {t: self._removal([t], how, lambda _: cells, SEED) for t in tqdm(targets, desc=f"removal of {domain}s")}
+        total = sum(each.values(), UnlearningAccuracy())
+        figures = {
+            target: {**result.as_dict(), **self._detection(target), "rows": result.rows_as_dict()[target]}
+            for target, result in each.items()
+        }
+        seeds = {"seed": SEED, "curves_seed": TUNING_SEED}
+        return {"how": how.as_dict(), **seeds, **total.as_dict(), "targets": figures}
 
     def _detection(self, target: str) -> dict[str, Any]:
         """Shares of the target's and of the other cells in which the detector finds it."""
-        shares = {True: Share(), False: Share()}
-        for cell, found in zip(grid(), self._found(target), strict=True):
-            shares[getattr(cell, CONCEPTS[target]) == target].count(found)
-        return {"found": shares[True].as_dict(), "false_alarms": shares[False].as_dict()}
+        of_target = [getattr(cell, CONCEPTS[target]) == target for cell in self._scenes]
+        found = self._found(target, SEED)
+        columns = {
+            "found": [f if inside else None for f, inside in zip(found, of_target, strict=True)],
+            "false_alarms": [None if inside else f for f, inside in zip(found, of_target, strict=True)],
+        }
+        rows = Rows(range(len(found)), columns)
+        return {name: rows.share(name).as_dict() for name in columns}
 
-    def _bare_grid(self) -> list[Sighting]:
-        record = self._ledger.get("bare grid", lambda: self._sightings(list(enumerate(grid()))))
-        return [Sighting(*s) for s in record]
+    def _bare_grid(self, seed: int) -> dict[int, Sighting]:
+        cells = list(enumerate(self._scenes))
+        record = self._ledger.get(f"bare grid of {len(cells)} {seed}", lambda: self._sightings(cells, seed))
+        return {s.cell: s for s in (Sighting(*each) for each in record)}
 
-    def _removal(self, targets: Sequence[str], how: Removal, cells: Callable[[str], Cells]) -> UnlearningAccuracy:
-        results = [self._removal_of(target, how, cells(target)) for target in targets]
-        return sum(results[1:], results[0])
+    def _removal(
+        self, targets: Sequence[str], how: Removal, cells: Callable[[str], Cells], seed: int
+    ) -> UnlearningAccuracy:
+        return sum((self._removal_of(target, how, cells(target), seed) for target in targets), UnlearningAccuracy())
 
-    def _removal_of(self, target: str, how: Removal, cells: Cells) -> UnlearningAccuracy:
-        bare = self._bare_grid()
-        found = self._found(target) if how.ruled else [True] * len(bare)
-        touched = [cell for cell in cells if found[cell[0]]]
+    def _removal_of(self, target: str, how: Removal, cells: Cells, seed: int) -> UnlearningAccuracy:
+        bare = self._bare_grid(seed)
+        found = self._found(target, seed) if how.ruled else [True] * len(bare)
+        edited = [cell for cell in cells if found[cell[0]]]
         # images that the rule leaves alone are bit-identical to the bare ones and are not made again
-        untouched = [bare[i] for i, _ in cells if not found[i]]
+        unedited = [bare[i] for i, _ in cells if not found[i]]
 
         def measure() -> list[Sighting]:
             try:
@@ -168,24 +197,23 @@ class Quality:
                     load_with_error_term(self._pipe, sae, site, site, how.error_term)
                 for edit in edits_away(self._scores, self._detectors, target, how):
                     self._pipe.steer(**edit)
-                return self._sightings(touched)
+                return self._sightings(edited, seed)
             finally:
                 self._pipe.unload_sae()
 
-        record = self._ledger.get(f"away {target} {json.dumps(how.as_dict())} {len(cells)}", measure)
-        seen = [Sighting(*s) for s in record] + untouched
-        return unlearning_accuracy(outcomes(seen, bare), CONCEPTS[target], target)
+        record = self._ledger.get(f"away {target} {json.dumps(how.as_dict())} {len(cells)} {seed}", measure)
+        seen, domain = [Sighting(*s) for s in record] + unedited, CONCEPTS[target]
+        changed = {i for i, _ in edited}
+        return unlearning_accuracy(outcomes(seen, bare, self._scenes, domain, changed), domain, target)
 
-    @functools.cached_property
-    def _first_steps(self) -> torch.Tensor:
-        return measure_removal.first_steps(self._pipe, SITES[0])
-
-    def _found(self, target: str) -> list[bool]:
+    def _found(self, target: str, seed: int) -> list[bool]:
         """For every cell of the grid, whether the detector finds the target in it."""
-        return self._detectors.rule(target).holds(self._saes[SITES[0]], self._first_steps).tolist()
+        if seed not in self._first_steps:
+            self._first_steps[seed] = measure_removal.first_steps(self._pipe, SITES[0], self._scenes, seed)
+        return self._detectors.rule(target).holds(self._saes[SITES[0]], self._first_steps[seed]).tolist()
 
-    def _sightings(self, cells: Cells) -> list[Sighting]:
-        return sightings(self._pipe, self._judge, cells)
+    def _sightings(self, cells: Cells, seed: int) -> list[Sighting]:
+        return sightings(self._judge, cells, draw_cells(self._pipe, cells, seed))
 
     @contextmanager
     def _loaded(self) -> Iterator[None]:
@@ -201,10 +229,3 @@ def _varied(how: Removal, what: str, value: Any) -> Removal:
     if what == NO_RULE:
         return replace(how, error_term=value, ruled=False)
     return replace(how, **{what: value})
-
-
-def _share(hits: Iterable[bool]) -> dict[str, Any]:
-    share = Share()
-    for hit in hits:
-        share.count(hit)
-    return share.as_dict()

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from diffusers_sae import TopKSAE
 from diffusers_sae.checksums import sha256
-from diffusers_sae.demo.measure_steering import Towards, edits_towards, judged, silent_scenes, steering_figures
+from diffusers_sae.demo.measure_steering import Towards, edits_towards, judged, silent_scenes, steering_rows
 from diffusers_sae.demo.shipped import SITES, load_judge, load_pipeline, load_scores
 from diffusers_sae.demo.world import CONCEPTS
 from diffusers_sae.evaluation.ledger import Ledger
@@ -73,8 +73,8 @@ class Chooser:
             steered = self._ledger.get(f"{concept} {self._images} {how}", seen)
         finally:
             self._pipe.reset_steering()
-        figures = steering_figures(concept, scenes, bare, steered)
-        return {share: figures[share]["value"] - bar for share, bar in BARS.items()}
+        rows = steering_rows(concept, scenes, bare, steered)
+        return {share: rows.share(share).value - bar for share, bar in BARS.items()}
 
     def choose(self, concept: str) -> tuple[Towards, dict[str, float]]:
         """The setting that a climb from the factor's own ends at."""

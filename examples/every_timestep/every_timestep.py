@@ -23,6 +23,7 @@ from diffusers_sae.demo.measure_removal import REMOVAL, edits_away
 from diffusers_sae.demo.pictures import Row, draw_grid
 from diffusers_sae.demo.shipped import CALL, MODELS, SITES, load_detectors, load_judge, load_scores, look
 from diffusers_sae.demo.world import CONCEPT_VALUES, CONCEPTS, Scene, sample_scene, scene_with
+from diffusers_sae.evaluation.rows import Rows
 from diffusers_sae.evaluation.shares import Share
 from diffusers_sae.features.concepts import ConceptScores, concept_activity
 
@@ -63,7 +64,7 @@ def of_a_file(file: Path) -> tuple[Labelled, dict[str, str]]:
 
 
 def over_time(scores: ConceptScores, concept: str, percentile: float) -> dict[str, Any]:
-    """How many latents carry a concept at any step, and how many of a step's are among those of others (Jaccard)."""
+    """How many latents carry a concept at any step, and the Jaccard index of those of two steps."""
     chosen = scores.choose(concept, percentile)  # (T, n)
 
     def alike(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -121,13 +122,16 @@ def plans_for(site: str, scores: ConceptScores, concept: str, args: argparse.Nam
 
 
 def measured(judge: Any, images: torch.Tensor, scenes: Sequence[Scene], concept: str) -> dict[str, Any]:
-    """UA: the concept is not seen; kept: the other two factors are."""
-    factor, gone, kept = CONCEPTS[concept], Share(), Share()
-    for scene, seen in zip(scenes, look(judge, list(2 * images - 1)), strict=True):
-        gone.count(seen[factor][0] != getattr(scene, factor))
-        for other in {"object", "style", "background"} - {factor}:
-            kept.count(seen[other][0] == getattr(scene, other))
-    return {"removed": gone.as_dict(), "the rest kept": kept.as_dict()}
+    """UA: the concept is not seen; kept: the other two factors are, which are two judgements of one image."""
+    factor, seen = CONCEPTS[concept], look(judge, list(2 * images - 1))
+    right: dict[str, list[bool]] = {
+        f: [verdict[f][0] == getattr(scene, f) for scene, verdict in zip(scenes, seen, strict=True)]
+        for f in ("object", "style", "background")
+    }
+    removed = [not hit for hit in right.pop(factor)]
+    rows = Rows(range(len(scenes)), {"removed": removed, **right})
+    kept = sum((rows.share(other) for other in right), Share())
+    return {"removed": rows.share("removed").as_dict(), "the rest kept": kept.as_dict(), "rows": rows.as_dict()}
 
 
 def removed(

@@ -50,7 +50,7 @@ def _of(name: str, seen: torch.Tensor, held: torch.Tensor, scenes: Sequence[Scen
                 x, y, entries=entries, selections=selections, scalings=["common"], folds=FOLDS, groups=image
             )
             told[way] = {
-                **Share(int((probe.predict(new) == expected).sum()), len(new)).as_dict(),
+                **Share.of(probe.predict(new) == expected, range(len(new))).as_dict(),
                 "cross_validated": round(probe.cross_validated, 4),
                 "penalty": probe.penalty,
             }

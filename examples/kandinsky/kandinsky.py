@@ -29,6 +29,7 @@ from diffusers_sae.demo.shipped import MODELS, load_judge
 from diffusers_sae.demo.world import BACKGROUNDS, STYLES, THINGS, Scene
 from diffusers_sae.evaluation.probes import ridge_weights
 from diffusers_sae.evaluation.reconstruction import ReconstructionMeter
+from diffusers_sae.evaluation.rows import Rows
 from diffusers_sae.evaluation.shares import Share
 from diffusers_sae.saes import SparseAutoencoder
 
@@ -115,8 +116,13 @@ def seen(judge: Judge, images: torch.Tensor) -> dict[str, torch.Tensor]:
     return {f: torch.cat([one[f] for one in found]) for f in JUDGED}
 
 
-def shares_of(hits: torch.Tensor) -> dict[str, object]:
-    return Share(int(hits.sum()), hits.numel()).as_dict()
+def figures_of(columns: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Shares of hits `(N,)`, each of the same N pictures, and the hits themselves."""
+    return rows_of(columns).figures()
+
+
+def rows_of(columns: Mapping[str, torch.Tensor]) -> Rows:
+    return Rows(range(len(next(iter(columns.values())))), {name: hits.tolist() for name, hits in columns.items()})
 
 
 def moved_and_kept(
@@ -125,10 +131,15 @@ def moved_and_kept(
     own: Mapping[str, torch.Tensor],
     other: Mapping[str, torch.Tensor],
 ) -> dict[str, Any]:
-    """Whether what is seen `now` has the other's factor, and its own others."""
-    kept = {f: shares_of(now[f] == own[f]) for f in JUDGED if f != factor}
-    every = torch.stack([now[f] == own[f] for f in JUDGED if f != factor])
-    return {"moved": shares_of(now[factor] == other[factor]), "kept": shares_of(every), "each kept": kept}
+    """Whether what is seen `now` has the other's factor, and its own others: two judgements of one picture."""
+    others = [f for f in JUDGED if f != factor]
+    rows = rows_of({"moved": now[factor] == other[factor], **{f: now[f] == own[f] for f in others}})
+    return {
+        "moved": rows.share("moved").as_dict(),
+        "kept": sum((rows.share(f) for f in others), Share()).as_dict(),
+        "each kept": {f: rows.share(f).as_dict() for f in others},
+        "rows": rows.as_dict(),
+    }
 
 
 def transfers(
@@ -140,7 +151,7 @@ def transfers(
     made = kandinsky.embeds_of([s.caption() for s in scenes])
     photos = kandinsky.images_of(made)
     shown = seen(judge, photos)
-    drawn = {f: shares_of(shown[f] == torch.tensor([s.labels()[f] for s in scenes])) for f in JUDGED}
+    drawn = figures_of({f: shown[f] == torch.tensor([s.labels()[f] for s in scenes]) for f in JUDGED})
     figures: dict[str, Any] = {"drawn as asked": drawn}
     rows = [
         Row("to", list(2 * photos[:8] - 1), [""] * 8),
@@ -161,8 +172,8 @@ def _transfers_of(
     own, other = ({f: labels.chunk(2)[i] for f, labels in shown.items()} for i in (0, 1))
     again = seen(judge, kandinsky.images_of(target, 10_000))
     figures: dict[str, Any] = {
-        "seen again when drawn anew": {f: shares_of(again[f] == own[f]) for f in JUDGED},
-        "already alike": {f: shares_of(own[f] == other[f]) for f in JUDGED},
+        "seen again when drawn anew": figures_of({f: again[f] == own[f] for f in JUDGED}),
+        "already alike": figures_of({f: own[f] == other[f] for f in JUDGED}),
     }
     moved = []
     for factor, features in sets.items():
@@ -233,10 +244,15 @@ def bans(
         now = seen(judge, images)
         is_red = now["background"] == BACKGROUNDS.index("red")
         own = {f: torch.tensor([s.labels()[f] for s in asked]) for f in ("object", "style")}
+        red_of = {
+            kind: [bool(red) if cat == here else None for red, cat in zip(is_red, is_cat, strict=True)]
+            for kind, here in (("red, cats", True), ("red, others", False))
+        }
+        rows = Rows(range(count), {**red_of, **{f: (now[f] == own[f]).tolist() for f in own}})
         figures[name] = {
-            "red, cats": shares_of(is_red[is_cat]),
-            "red, others": shares_of(is_red[~is_cat]),
-            "object and style kept": shares_of(torch.stack([now[f] == own[f] for f in own])),
+            **{kind: rows.share(kind).as_dict() for kind in red_of},
+            "object and style kept": (rows.share("object") + rows.share("style")).as_dict(),
+            "rows": rows.as_dict(),
         }
         shown += list(2 * images[:2] - 1)
         print(name, json.dumps(figures[name]), flush=True)

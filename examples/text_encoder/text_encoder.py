@@ -21,14 +21,16 @@ from PIL.Image import Image
 
 from diffusers_sae import InputError, SAESteeringPipeline, Site, TopKSAE
 from diffusers_sae.capture.text import TokenActivations, read_prompts, tokenizer_of
-from diffusers_sae.demo.measure_removal import REMOVAL, cells_of, edits_away, outcomes, sightings
+from diffusers_sae.demo.measure_removal import REMOVAL, cells_of, draw_cells, edits_away, outcomes, sightings
 from diffusers_sae.demo.pictures import Row, draw_grid
 from diffusers_sae.demo.shipped import CALL, MODELS, SITES, load_detectors, load_judge, load_scores, look
-from diffusers_sae.demo.world import BACKGROUNDS, CONCEPTS, STYLES, THINGS, sample_captions
+from diffusers_sae.demo.world import BACKGROUNDS, CONCEPTS, STYLES, THINGS, grid, sample_captions
 from diffusers_sae.evaluation.paired import paired_t_test
 from diffusers_sae.evaluation.reconstruction import ReconstructionMeter
+from diffusers_sae.evaluation.rows import Rows
+from diffusers_sae.evaluation.shares import Share
 from diffusers_sae.evaluation.text_similarity import TextSimilarity
-from diffusers_sae.evaluation.unlearning import unlearning_accuracy
+from diffusers_sae.evaluation.unlearning import UnlearningAccuracy, unlearning_accuracy
 from diffusers_sae.features.words import (
     WordFeature,
     best_for_words,
@@ -117,11 +119,11 @@ def validation(clip: TextSimilarity, pairs: Pairs, bare: list[Image], steered: l
     }
 
 
-def seen_attributes(judge: Any, pairs: Pairs, images: list[Image]) -> float:
+def seen_attributes(judge: Any, pairs: Pairs, images: list[Image]) -> dict[str, Any]:
     """Share of images in which the judge sees the attribute as background or as part of the style."""
     seen = look(judge, [as_tensor(image) for image in images])
     hits = [word in (s["background"][0], *s["style"][0].split()) for (_, word), s in zip(pairs, seen, strict=True)]
-    return sum(hits) / len(hits)
+    return Rows(range(len(hits)), {"seen": hits}).figures()
 
 
 def as_tensor(image: Image) -> torch.Tensor:
@@ -137,7 +139,7 @@ def removal(
     scores, detectors = load_scores(), load_detectors()
     for site in SITES:
         pipe.load_sae(MODELS / "saes" / site, adapter_name=site)
-    totals: dict[str, Any] = {}
+    totals: dict[str, UnlearningAccuracy] = {}
     seconds: dict[str, list[float]] = {"bare": [], "text": [], "U-Net": []}
     for target in targets:
         cells = cells_of(target, 16)
@@ -149,29 +151,36 @@ def removal(
             }],
             "U-Net": edits_away(scores, detectors, target, REMOVAL["object"]),
         }  # fmt: skip
-        found = {}
+        images: dict[str, list[torch.Tensor]] = {}
         for name, plan in edits.items():
             pipe.reset_steering()
             for edit in plan:
                 pipe.steer(**edit)
             start = time.perf_counter()
-            found[name] = sightings(pipe, judge, cells)
+            images[name] = draw_cells(pipe, cells)
             seconds[name].append((time.perf_counter() - start) / len(cells))
-        bare = {sight.cell: sight for sight in found["bare"]}
-        for name, sights in found.items():
-            one = unlearning_accuracy(outcomes(sights, bare), CONCEPTS[target], target)  # type: ignore[arg-type]
-            totals[name] = totals[name] + one if name in totals else one
-        print(target, {n: (t.ua.value, t.ira.value, t.cra.value) for n, t in totals.items()}, flush=True)
+        bare = {sight.cell: sight for sight in sightings(judge, cells, images["bare"])}
+        for name, drawn in images.items():
+            pairs = zip(cells, drawn, images["bare"], strict=True)
+            edited = {i for (i, _), now, before in pairs if not torch.equal(now, before)}
+            seen = outcomes(sightings(judge, cells, drawn), bare, grid(), CONCEPTS[target], edited)
+            each = unlearning_accuracy(seen, CONCEPTS[target], target)
+            totals[name] = totals.get(name, UnlearningAccuracy()) + each
+        print(target, {n: [t.share(s).value for s in ("ua", "ira", "cra")] for n, t in totals.items()}, flush=True)
     pipe.reset_steering()
     return {
-        name: {**total.as_dict(), "seconds_an_image": round(sorted(seconds[name])[len(targets) // 2], 3)}
+        name: {
+            **total.as_dict(),
+            "rows": total.rows_as_dict(),
+            "seconds_an_image": round(sorted(seconds[name])[len(targets) // 2], 3),
+        }
         for name, total in totals.items()
     }
 
 
 def selective(pipe: Any, features: list[WordFeature], strength: float, call: dict) -> dict[str, Any]:
     """Share of images that change, bit for bit, where the prompt names the object and where it does not."""
-    changed: dict[str, list[bool]] = {"named": [], "not named": []}
+    changed = {"named": Share(), "not named": Share()}
     for target in TARGETS:
         others = [t for t in THINGS if t != target][: 2 * len(TARGETS) : 3]
         prompts = [f"a {target}", *(f"a {other} on a red background" for other in others)]
@@ -180,9 +189,9 @@ def selective(pipe: Any, features: list[WordFeature], strength: float, call: dic
         with pipe.steering(edit, adapter_name="text", mode="ablate"):
             after = images_of(pipe, prompts, range(len(prompts)), {**call, "num_inference_steps": 2})
         moved = [a.tobytes() != b.tobytes() for a, b in zip(before, after, strict=True)]
-        changed["named"].append(moved[0])
-        changed["not named"] += moved[1:]
-    return {name: {"changed": sum(each), "images": len(each)} for name, each in changed.items()}
+        for place, (prompt, hit) in enumerate(zip(prompts, moved, strict=True)):
+            changed["not named" if place else "named"].count(hit, (prompt, place))
+    return {name: {"changed": share.hits, **share.as_dict()} for name, share in changed.items()}
 
 
 def draw(pipe: Any, named: Mapping[str, WordFeature], words: Sequence[str], how: dict, call: dict, out: Path) -> None:

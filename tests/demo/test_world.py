@@ -5,7 +5,7 @@ import random
 import pytest
 
 from diffusers_sae.demo.measure_removal import Sighting, cells_of, outcomes
-from diffusers_sae.demo.measure_steering import silent_scenes, steering_figures
+from diffusers_sae.demo.measure_steering import silent_scenes, steering_rows
 from diffusers_sae.demo.world import CONCEPT_VALUES, CONCEPTS, FACTORS, STYLES, Scene, grid, scene_with
 
 
@@ -45,22 +45,29 @@ def seen(**values):
     return {factor: (values.get(factor, "none"), 1.0) for factor in FACTORS}
 
 
-def test_steering_figures_count_the_concept_and_the_told_factors_alone():
+def test_steering_rows_count_the_concept_and_the_told_factors_alone():
     scenes = [Scene("cat", None, "red"), Scene("cook", None, "blue", "woman", "dark")]
     bare = [seen(object="cat", style="flat", background="red"), seen(object="cook", background="pink", gender="woman")]
     steered = [
         seen(object="cat", style="ink", background="red", gender="man"),  # a cat's gender is nobody's business
         seen(object="cook", style="neon", background="blue", gender="woman", skin="light"),  # ink hides the skin
     ]
-    figures = steering_figures("ink", scenes, bare, steered)
-    assert figures["seen"]["value"] == 0.5 and figures["seen_bare"]["value"] == 0
-    assert figures["kept"]["value"] == 0.5  # the second image's background was pink before
+    rows = steering_rows("ink", scenes, bare, steered)
+    assert rows.columns == {"seen": [True, False], "seen_bare": [False, False], "kept": [True, False]}
+    # the second image's background was pink before
 
 
-def test_an_artefact_is_what_could_be_named_before():
-    bare = [Sighting(i, "flat", "cat", ["background"] if i == 1 else []) for i in range(2)]
-    steered = [Sighting(0, "ink", "cat", ["background"]), Sighting(1, "ink", "dog", ["background"])]
-    result = outcomes(steered, bare)
-    assert [o.artefact for o in result] == [True, False]
-    assert [(o.style, o.object) for o in result] == [(s.style, s.object) for s in grid()[:2]]
-    assert [(o.seen_style, o.seen_object) for o in result] == [("ink", "cat"), ("ink", "dog")]
+def test_an_artefact_is_what_could_be_named_before_and_was_not_to_be_removed():
+    bare = {i: Sighting(i, "flat", "cat", ["background"] if i == 1 else []) for i in range(5)}
+    steered = [
+        Sighting(0, "ink", "cat", ["background"]),
+        Sighting(1, "ink", "dog", ["background"]),  # could not be named before
+        Sighting(2, "ink", "dog", ["style"]),  # is what was removed
+        Sighting(3, "ink", "dog", ["object"]),
+        Sighting(4, "flat", "cat", []),  # not edited
+    ]
+    result = outcomes(steered, bare, grid(), "style", edited={0, 1, 2, 3})
+    assert [o.artefact for o in result] == [True, False, False, True, None]
+    assert [(o.style, o.object) for o in result] == [(s.style, s.object) for s in grid()[:5]]
+    assert [(o.seen_style, o.seen_object) for o in result[:2]] == [("ink", "cat"), ("ink", "dog")]
+    assert {(o.bare_style, o.bare_object) for o in result} == {("flat", "cat")}
