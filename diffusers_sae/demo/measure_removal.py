@@ -21,6 +21,7 @@ SEED = 61_000_000
 TUNING_SEED = 62_000_000
 """Of the images by which settings are chosen; those of the figures are others."""
 CONFIDENT = 0.5
+"""Probability from which the judge names a factor; it is not calibrated on generated images."""
 JUDGED = ("object", "style", "background")
 
 

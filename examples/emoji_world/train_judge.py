@@ -66,7 +66,7 @@ def main() -> None:
         return {"loss": sum(parts.values()) + 0.2 * unsure, **right}
 
     fit(judge, losses, args, name="judge", every=250, ema_decay=0.998)
-    calibrate_norms(judge, lambda r: batch(r, 128)[0])
+    update_norms(judge, lambda r: batch(r, 128)[0])
     report = examine(judge, batch)
     judge.register_to_config(thresholds=report["thresholds"])
     judge.save_pretrained(args.world / "judge")
@@ -80,7 +80,7 @@ def right_share(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def calibrate_norms(judge: Judge, images) -> None:
+def update_norms(judge: Judge, images) -> None:
     """Batch-norm statistics of the averaged weights, from fresh renders."""
     norms = [m for m in judge.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     for norm in norms:
