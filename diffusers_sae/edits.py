@@ -134,9 +134,17 @@ def make_edit(
 
 
 def _check_known(statistics: LatentStatistics, unit: str, features: list[int]) -> None:
-    for j in features:
-        if not torch.isfinite(getattr(statistics, unit)[:, j]).all():
+    """Raise `InputError` unless strengths in multiples of the unit mean what they say."""
+    scales = torch.stack([statistics.at(float(t)).scale(unit) for t in statistics.timesteps])[:, features]
+    for j, scale in zip(features, scales.T, strict=True):  # (T,)
+        if not torch.isfinite(scale).all():
             raise InputError(f"The statistics of the SAE do not tell the {unit} of latent {j}; use another unit.")
+        if (scale < 0).any():
+            raise InputError(f"The {unit} of latent {j} is below 0 at some timesteps and no unit; use unit='raw'.")
+        if not scale.any():
+            raise InputError(
+                f"Latent {j} was never active when the statistics were taken, so that its {unit} is 0; use unit='raw'."
+            )
 
 
 def check_fits(edit: Edit, site: Site, place: Place, watched: Site | None = None) -> None:

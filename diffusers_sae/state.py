@@ -93,8 +93,8 @@ class SteeringState:
         self._release(root)
 
     def rules_about(self, name: str) -> list[Rule]:
-        """Rules of all edits that look at the latents of the SAE `name`."""
-        rules = (edit.when for one in self.loaded.values() for edit in one.edits)
+        """Rules of all edits in force that look at the latents of the SAE `name`."""
+        rules = (edit.when for one in self.loaded.values() if one.enabled for edit in one.edits)
         return [rule for rule in rules if rule is not None and rule.adapter_name == name]
 
     @contextmanager
@@ -112,6 +112,18 @@ class SteeringState:
             for root, detach in held:
                 detach()
                 self._release(root)
+
+    @contextmanager
+    def unsteered(self) -> Iterator[None]:
+        """Suspend the plan for the length of a `with` block, also if it ends in an error: no edit and no rule acts."""
+        before = [(one, one.enabled) for one in self.loaded.values()]
+        for one, _ in before:
+            one.enabled = False
+        try:
+            yield
+        finally:
+            for one, enabled in before:
+                one.enabled = enabled
 
     @contextmanager
     def running(self, pipe: Any, call: Mapping[str, Any]) -> Iterator[None]:

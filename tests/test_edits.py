@@ -59,6 +59,25 @@ def test_units_multiply_by_the_statistics_of_the_nearest_timestep(sae):
         assert strengths_of(edit, sae, context, statistics).item() == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("unit", "mean", "largest", "sentence"),
+    [
+        ("max", [-1.0, 2.0], [-0.5, 3.0], "The max of latent 4 is below 0 at some timesteps and no unit"),
+        ("mean", [-1.0, 2.0], [0.5, 3.0], "The mean of latent 4 is below 0 at some timesteps and no unit"),
+        ("max", [0.0, 0.0], [0.0, 0.0], "Latent 4 was never active when the statistics were taken"),
+        ("mean", [0.0, 0.0], [0.0, 0.0], "Latent 4 was never active when the statistics were taken"),
+    ],
+)
+def test_a_unit_that_would_turn_a_strength_round_or_lose_it_is_refused(sae, unit, mean, largest, sentence):
+    spread = torch.ones(2, sae.n_latents)
+    rate = torch.tensor(mean)[:, None].ne(0) * spread
+    values = torch.tensor(mean)[:, None] * spread, torch.tensor(largest)[:, None] * spread, rate
+    statistics = LatentStatistics(torch.tensor([900.0, 100.0]), *values)
+    with pytest.raises(InputError, match=sentence):
+        make_edit({4: 1.5}, sae, mode="cap", unit=unit, statistics=statistics)
+    make_edit({4: 1.5}, sae, mode="cap", statistics=statistics)
+
+
 def test_strength_kinds(sae):
     table = StrengthTable((900.0, 100.0), (1.0, 5.0))
     edit = make_edit({0: 2, 1: [3.0, 4.0], 2: lambda p: 10 * p, 3: table}, sae)

@@ -68,8 +68,10 @@ def store_activations(
 ) -> dict[str, ActivationStore]:
     """Generate `config.images` images and keep what the sites hold, in `folder/<path of the site>`.
 
-    All sites are filled in one pass. With `images=` in `call`, one for each prompt, activations are those of the images
-    with noise (see `stream_activations`), and nothing is generated. Every shard is whole or not there: a run that was
+    All sites are filled in one pass, and the plan rests. With `images=` in `call`, one for each prompt, activations are
+    those of the images with noise (see `stream_activations`), and nothing is generated.
+
+    Every shard is whole or not there: a run that was
     stopped, by whatever means, goes on after its last whole shard and ends with the files that an undisturbed run
     writes. `call` goes to the pipeline. Returns `{path: store}`.
 

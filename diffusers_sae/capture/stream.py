@@ -59,6 +59,9 @@ def stream_activations(
 ) -> Iterator[StreamBatch]:
     """Generate latents for `prompts` and yield what the sites held, a batch of prompts at a time.
 
+    The plan rests meanwhile, so that training and statistics see the model and not its edits; `pipe.capture` shows
+    what a steered run holds.
+
     Image `i` starts from the noise of seed `seed + i`, whatever the batch size, so that a run can be resumed:
     `skip` leaves out the first images. With `first_step_only`, the rest of the denoising is left out. `call` goes to
     the pipeline (`num_inference_steps`, `guidance_scale`, ...).
@@ -87,7 +90,8 @@ def stream_activations(
             for own in owns:
                 generators = [torch.Generator().manual_seed(seed + first + i) for i in range(n)]
                 try:
-                    pipe(batch, generator=generators, output_type="latent", **own, **call)
+                    with pipe._steering.unsteered():
+                        pipe(batch, generator=generators, output_type="latent", **own, **call)
                 except AllSeen:
                     pipe.maybe_free_model_hooks()  # the last thing that a pipeline does
         if images is not None:

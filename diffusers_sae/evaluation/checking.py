@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -107,7 +105,7 @@ def check_sae(pipe: Any, sae: SparseAutoencoder, site: Site, prompt: Any = None,
     if any(hasattr(pipe, name) for name in DENOISERS):
         arguments = {"output_type": "latent", **arguments}
     try:
-        with _resting(pipe), state.attached(hooks):
+        with state.unsteered(), state.attached(hooks):
             pipe(**arguments)
     finally:
         sae.to(device)
@@ -118,20 +116,6 @@ def check_sae(pipe: Any, sae: SparseAutoencoder, site: Site, prompt: Any = None,
         )
     norm = float(sae.b_dec.norm()) if hasattr(sae, "b_dec") else 0.0
     return SAECheck(site, _verdict(site, found), norm, found)
-
-
-@contextmanager
-def _resting(pipe: Any) -> Iterator[None]:
-    """All SAEs of the pipeline disabled."""
-    loaded = pipe._steering.loaded
-    before = {name: one.enabled for name, one in loaded.items()}
-    try:
-        for one in loaded.values():
-            one.enabled = False
-        yield
-    finally:
-        for name, enabled in before.items():
-            loaded[name].enabled = enabled
 
 
 def _candidates(pipe: Any, site: Site, width: int) -> list[Site]:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -17,9 +16,14 @@ from tqdm import tqdm
 from ..capture import stream_activations
 from ..errors import InputError
 from ..saes import SparseAutoencoder
+from ..sites import Site
 from ..strengths import StrengthMap, StrengthTable
+from .packing import pack, unpack
 
 FILE = "concepts.safetensors"
+SCORES = ("activity", "places", "effect")
+OLD_UNIT = "effect_unit"
+"""What earlier versions divided the effects of a concept by."""
 
 
 @torch.no_grad()
@@ -36,48 +40,80 @@ def concept_activity(
 ) -> dict[str, ConceptScores]:
     """Mean activity of every latent on every concept at every timestep, for all sites in one pass.
 
+    The plan rests meanwhile: scores are of the unsteered model.
+
     Args:
-        saes: `{site: SAE}`.
+        saes: `{path of the site: SAE}`.
         labelled: prompts, each with the concepts that its image shows.
         groups: `{concept: what it is a value of}`.
         call: goes to the pipeline (`num_inference_steps`, `guidance_scale`, ...).
+
+    Raises:
+        InputError: a concept that no prompt shows, an SAE of another kind, stream or layout than what is read here, or
+            codes that are not finite.
     """
     names = tuple(groups)
-    sums: dict[str, torch.Tensor] = {}
-    places: dict[str, torch.Tensor] = {}
-    grids: dict[str, tuple[int, int]] = {}
-    counts = torch.zeros(len(names), 1, 1)
+    member = torch.tensor([[float(name in concepts) for name in names] for _, concepts in labelled])  # (images, C)
+    counts = member.reshape(-1, len(names)).sum(0)
+    unseen = [name for name, count in zip(names, counts.tolist(), strict=True) if count == 0]
+    if unseen:
+        raise InputError(f"No prompt shows {', '.join(unseen)}; add some, or leave those concepts out.")
+    for path, sae in saes.items():
+        _check_has_grid(path, sae)
+    tallies = {path: _Tally() for path in saes}
     stream = stream_activations(
         pipe, list(saes), [prompt for prompt, _ in labelled], batch_size=batch_size, seed=seed, **call
     )
     for batch in tqdm(stream, total=-(-len(labelled) // batch_size), desc="concepts", mininterval=5):
-        shown = labelled[batch.first_image : batch.first_image + len(batch.prompts)]
-        member = torch.tensor([[float(name in concepts) for name in names] for _, concepts in shown])  # (images, C)
-        counts += member.sum(0)[:, None, None]
-        for site, sae in saes.items():
-            rows, timesteps = batch.rows(site, branch)
-            grids[site] = batch.sites[site].grid
-            at_places = torch.zeros(*rows.shape[1:3], sae.n_latents)  # (images, P, n)
-            means = []
-            for step in rows:
-                code = sae.encode(step)
-                at_places += code
-                means.append(code.mean(1))
-            sums[site] = sums.get(site, 0) + torch.einsum("ic,tin->ctn", member, torch.stack(means))
-            places[site] = places.get(site, 0) + torch.einsum("ic,ipn->cpn", member, at_places)
-    unseen = [name for name, count in zip(names, counts.flatten().tolist(), strict=True) if count == 0]
-    if unseen:
-        raise InputError(f"No prompt shows {', '.join(unseen)}; add some, or leave those concepts out.")
-    kinds = tuple(groups.values())
-    return {
-        site: ConceptScores(names, kinds, timesteps, total / counts, _relative(places[site]), grids[site])
-        for site, total in sums.items()
-    }
+        shown = member[batch.first_image : batch.first_image + len(batch.prompts)]
+        for path, sae in saes.items():
+            rows, timesteps = batch.rows(path, branch)
+            tallies[path].add(sae, rows, shown)
+            tallies[path].grid = batch.sites[path].grid
+    return {path: tally.scores(groups, timesteps, counts) for path, tally in tallies.items()}
 
 
-def _relative(places: torch.Tensor) -> torch.Tensor:
-    """Sums by place `(C, P, n)` in multiples of their mean over places; 0 for a latent that is active at none."""
-    return places / places.mean(1, keepdim=True).clamp(min=1e-12)
+def _check_has_grid(path: str, sae: SparseAutoencoder) -> None:
+    """Raise `InputError` unless rows of the SAE's site are places of an image, in the tensor that is read here."""
+    trained = sae.provenance.get("site")
+    site = Site(path) if trained is None else Site.of(trained)
+    if site.path == Site(path).path and site != Site(path):
+        raise InputError(f"The SAE is for {site}, and concept scores are read at {path}, output, image and positions.")
+    if Site(path).has_tokens:
+        raise InputError(f"The rows of {path} are tokens and no places of an image; choose a block of the denoiser.")
+
+
+class _Tally:
+    """Sums of the codes of one site over images, by concept."""
+
+    def __init__(self) -> None:
+        self.grid = (1, 1)
+        self._signed = False
+        self._steps: torch.Tensor | float = 0.0  # (C, T, n)
+        self._places: torch.Tensor | float = 0.0  # (C, P, n)
+
+    def add(self, sae: SparseAutoencoder, rows: torch.Tensor, member: torch.Tensor) -> None:
+        """Count rows `(T, images, P, d)` of images that show the concepts of `member (images, C)`."""
+        at_places, means = torch.zeros(()), []
+        for step in rows:
+            code = sae.encode(step.to(sae.W_dec.device)).float().cpu()  # (images, P, n)
+            self._signed |= bool((code < 0).any())
+            at_places = at_places + code
+            means.append(code.mean(1))
+        self._steps = self._steps + torch.einsum("ic,tin->ctn", member, torch.stack(means))
+        self._places = self._places + torch.einsum("ic,ipn->cpn", member, at_places)
+
+    def scores(self, groups: Mapping[str, str], timesteps: torch.Tensor, counts: torch.Tensor) -> ConceptScores:
+        """The scores, from how many images show each concept, `(C,)`."""
+        activity, places = self._steps / counts[:, None, None], torch.as_tensor(self._places)
+        if self._signed:
+            by_place = places / counts[:, None, None] / len(timesteps)
+            shape = by_place - by_place.mean(1, keepdim=True)
+        else:
+            mean = places.mean(1, keepdim=True)
+            shape = torch.where(mean > 0, places / mean, 0.0)
+        kinds = tuple(groups.values())
+        return ConceptScores(tuple(groups), kinds, timesteps.cpu(), activity, shape, self.grid, signed=self._signed)
 
 
 @dataclass
@@ -90,9 +126,14 @@ class ConceptScores:
         timesteps: `(T,)`, from noise to image.
         activity: `(C, T, n)`, mean activation on images of the concept, over places and images.
         places: `(C, P, n)`, mean activation at each place, over images and timesteps, in multiples of the
-            mean place; 0 for a latent that is active at none.
+            mean place; 0 for a latent that is active at none. Of signed codes, whose mean may be 0: minus the mean
+            place, in raw activation.
         grid: height and width of the P places.
         effect: `(C, T, n)`, how far the latents' activity moves the denoiser towards the concept, where measured.
+        signed: whether latents may be below 0, as those of `Directions` and of a TopK SAE without ReLU.
+
+    Raises:
+        InputError: shapes that do not fit each other, or numbers that are not finite.
     """
 
     concepts: tuple[str, ...]
@@ -102,6 +143,22 @@ class ConceptScores:
     places: torch.Tensor
     grid: tuple[int, int]
     effect: torch.Tensor | None = None
+    signed: bool = False
+
+    def __post_init__(self) -> None:
+        c, t, n = len(self.concepts), len(self.timesteps), self.activity.shape[-1]
+        expected = {"activity": (c, t, n), "places": (c, self.grid[0] * self.grid[1], n), "effect": (c, t, n)}
+        for name, shape in expected.items():
+            scores = getattr(self, name)
+            if scores is None:
+                continue
+            if tuple(scores.shape) != shape:
+                raise InputError(f"The {name} of the concepts has the shape {tuple(scores.shape)}, and not {shape}.")
+            if not torch.isfinite(scores).all():
+                raise InputError(
+                    f"The {name} of the concepts has numbers that are not finite; "
+                    "see whether the pipeline runs in this dtype without overflow, and compute it again."
+                )
 
     @property
     def n_latents(self) -> int:
@@ -118,19 +175,32 @@ class ConceptScores:
         c = self.index(concept)
         return [i for i, group in enumerate(self.groups) if group == self.groups[c] and i != c]
 
+    def rivals(self, concept: str) -> list[int]:
+        """`others`; raises `InputError` if there are none."""
+        others = self.others(concept)
+        if not others:
+            raise InputError(
+                f"{concept!r} is the only {self.groups[self.index(concept)]!r}, so that nothing tells it apart; "
+                "score another one of its group as well."
+            )
+        return others
+
     def importance(self, concept: str) -> torch.Tensor:
         """Share of a latent's activity on the concept minus its share on all others, `(T, n)`.
 
-        A share is the latent's part of all activity at that timestep (SAeuron, 2501.18052).
+        A share is the latent's part of all activity at that timestep (SAeuron, 2501.18052); of signed codes, of their
+        magnitude, and the difference counts in the direction in which the concept moves the latent.
         """
-        share = self.activity / self.activity.sum(-1, keepdim=True).clamp(min=1e-12)  # (C, T, n)
-        return share[self.index(concept)] - share[self.others(concept)].mean(0)
+        total = self.activity.abs().sum(-1, keepdim=True)
+        share = torch.where(total > 0, self.activity / total, 0.0)  # (C, T, n)
+        own = share[self.index(concept)]
+        return torch.where(own < 0, -1.0, 1.0) * (own - share[self.rivals(concept)].mean(0))
 
     def measured_effect(self, concept: str) -> torch.Tensor:
         """What the latents' activity does towards this concept beyond what it does towards the others, `(T, n)`."""
         if self.effect is None:
             raise InputError("No effects lie beside this SAE; measure them, or choose by='activity'.")
-        return self.effect[self.index(concept)] - self.effect[self.others(concept)].mean(0)
+        return self.effect[self.index(concept)] - self.effect[self.rivals(concept)].mean(0)
 
     def choose(self, concept: str, percentile: float = 99.0, by: str = "activity") -> torch.Tensor:
         """`(T, n)` bool: latents whose score lies at or above the percentile of their timestep, and above 0."""
@@ -147,21 +217,27 @@ class ConceptScores:
         Every chosen latent is raised, or lowered, by what images of the concept have more of it at each place than
         images of the others of its group, or than those of `instead_of`; times `strength`. Chosen are the latents of
         each timestep in which they differ most.
+
+        Raises:
+            InputError: no such concept, nothing to compare it with, or no latent that differs.
         """
-        rivals = self.others(concept) if instead_of is None else [self.index(instead_of)]
+        rivals = self.rivals(concept) if instead_of is None else [self.index(instead_of)]
         difference = self.activity_by_place(concept)  # (T, P, n)
         for rival in rivals:
             difference -= self.activity_by_place(self.concepts[rival]) / len(rivals)
         chosen = _top(difference.abs().mean(1), percentile)
+        if not chosen.any():
+            what = ", ".join(self.concepts[rival] for rival in rivals)
+            raise InputError(f"No latent differs between images of {concept!r} and of {what}; name other concepts.")
         strengths = strength * difference * chosen[:, None]
         steps = tuple(self.timesteps.tolist())
         features = chosen.any(0).nonzero().flatten().tolist()
         return {j: StrengthMap(steps, strengths[..., j].unflatten(1, self.grid).contiguous()) for j in features}
 
     def activity_by_place(self, concept: str) -> torch.Tensor:
-        """Mean activation on images of the concept, `(T, P, n)`, as a product of timestep and place."""
+        """Mean activation on images of the concept, `(T, P, n)`: timestep times place, or plus it for signed codes."""
         c = self.index(concept)
-        return self.activity[c][:, None] * self.places[c]
+        return self.activity[c][:, None] + self.places[c] if self.signed else self.activity[c][:, None] * self.places[c]
 
     def away(
         self, concept: str, strength: float = -1.0, percentile: float = 99.0, by: str = "activity"
@@ -169,8 +245,13 @@ class ConceptScores:
         """Factors for `steer(..., mode="scale")` that remove the concept: `strength` for the latents of `choose`.
 
         0 takes the latents out, a negative factor turns them round (SAeuron's gamma).
+
+        Raises:
+            InputError: no such concept or way, nothing to compare it with, or no latent that is chosen.
         """
         chosen = self.choose(concept, percentile, by)
+        if not chosen.any():
+            raise InputError(f"No latent is more of {concept!r} than of the others of its group; score more images.")
         return self.tables(chosen, torch.full(chosen.shape, float(strength)), otherwise=1.0)
 
     def tables(self, chosen: torch.Tensor, values: torch.Tensor, otherwise: float) -> dict[int, StrengthTable]:
@@ -181,52 +262,53 @@ class ConceptScores:
         return {j: StrengthTable(steps, tuple(filled[:, j].tolist())) for j in features}
 
     def save(self, folder: Path) -> None:
-        """Write `concepts.safetensors` into an SAE's folder: where each score is not 0, and its values there."""
-        tensors = {"timesteps": self.timesteps, **_packed("activity", self.activity.half())}
-        tensors |= _packed("places", self.places.to(torch.float8_e4m3fn))  # of 0 to P, to 6 %
-        if self.effect is not None:
-            unit = self.effect.abs().amax((1, 2), keepdim=True).clamp(min=1e-12) / 448  # (C, 1, 1); the type's largest
-            tensors |= _packed("effect", (self.effect / unit).to(torch.float8_e4m3fn)) | {"effect_unit": unit}
-        names = {key: json.dumps(getattr(self, key)) for key in ("concepts", "groups", "grid", "n_latents")}
+        """Write `concepts.safetensors` into an SAE's folder, each score to 11 bits (see `packing`).
+
+        Raises:
+            InputError: a score is not finite. Nothing is written.
+        """
+        self.__post_init__()
+        tensors = {"timesteps": self.timesteps}
+        for name in SCORES:
+            if getattr(self, name) is not None:
+                tensors |= pack(name, getattr(self, name))
+        names = {key: json.dumps(getattr(self, key)) for key in ("concepts", "groups", "grid", "n_latents", "signed")}
         save_file({k: v.contiguous() for k, v in tensors.items()}, folder / FILE, metadata=names)
 
     @classmethod
     def load(cls, folder: str | Path) -> ConceptScores:
-        """Read what `save` wrote."""
+        """Read what `save` wrote, in this version or an earlier one."""
         path = Path(folder) / FILE
         try:
             with safe_open(path, "pt") as file:
                 names = {key: json.loads(text) for key, text in (file.metadata() or {}).items()}
                 stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            _check_not_cut(stored)
             scores = {
-                key: _unpacked(stored[f"{key}.there"], stored[f"{key}.values"], names["n_latents"])
-                for key in ("activity", "places", "effect")
-                if key != "effect" or "effect_unit" in stored
+                name: unpack(name, stored, names["n_latents"])
+                for name in SCORES
+                if name != "effect" or f"{name}.there" in stored
             }
-            if "effect" in scores:
-                scores["effect"] *= stored["effect_unit"]
+            if OLD_UNIT in stored:
+                scores["effect"] *= stored[OLD_UNIT]
             concepts, groups, grid = (tuple(names[key]) for key in ("concepts", "groups", "grid"))
-            found = stored["timesteps"], scores["activity"], scores["places"], grid, scores.get("effect")
-            return cls(concepts, groups, *found)
+            return cls(concepts, groups, stored["timesteps"], grid=grid, signed=names.get("signed", False), **scores)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(
                 f"{path} cannot be read as concept scores ({error}); compute or fetch them again."
             ) from None
 
 
-def _packed(name: str, scores: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Most scores are 0: where they are not, as bits along the last axis, and their values there."""
-    there = scores.float() != 0
-    return {f"{name}.there": torch.from_numpy(np.packbits(there.numpy(), axis=-1)), f"{name}.values": scores[there]}
-
-
-def _unpacked(there: torch.Tensor, values: torch.Tensor, n_latents: int) -> torch.Tensor:
-    found = torch.from_numpy(np.unpackbits(there.numpy(), axis=-1, count=n_latents)).bool()
-    return torch.zeros(found.shape).masked_scatter_(found, values.float())
+def _check_not_cut(stored: Mapping[str, torch.Tensor]) -> None:
+    """Raise `InputError` for a file whose float8 could not hold the values: the type ends at 448."""
+    values = stored["places.values"]
+    if values.dtype == torch.float8_e4m3fn and bool((values.float() >= 448).any()):
+        raise InputError("an earlier version cut its places at 448 times their mean")
 
 
 def _top(score: torch.Tensor, percentile: float) -> torch.Tensor:
     """Which of the scores `(T, n)` lie at or above the percentile of their row, and above 0."""
     if not 0 <= percentile < 100:
         raise InputError(f"percentile={percentile} must be at least 0 and below 100, such as 99.")
-    return (score >= score.quantile(percentile / 100, dim=-1, keepdim=True)) & (score > 0)
+    bounds = torch.stack([row.quantile(percentile / 100) for row in score])  # at once, its size is limited
+    return (score >= bounds[:, None]) & (score > 0)

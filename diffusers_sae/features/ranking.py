@@ -14,9 +14,9 @@ from ..saes import LatentStatistics, SparseAutoencoder
 def most_active(statistics: LatentStatistics, count: int) -> list[int]:
     """The latents of the largest mean activation over all rows and timesteps, at most `count`; dead ones are left out.
 
-    So Zhang and Prasanna (2025) choose the features that they name.
+    So Zhang and Prasanna (2025) choose the features that they name. Of signed codes, the magnitude of the mean counts.
     """
-    mean = statistics.mean.mean(0).masked_fill(statistics.dead, -torch.inf)
+    mean = statistics.mean.mean(0).abs().masked_fill(statistics.dead, -torch.inf)
     alive = int((~statistics.dead).sum())
     return mean.topk(min(count, alive)).indices.tolist()
 

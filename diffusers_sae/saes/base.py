@@ -45,8 +45,12 @@ class SparseCode(NamedTuple):
 
     @classmethod
     def of(cls, z: torch.Tensor) -> SparseCode:
-        """A dense code `(..., n)` without negatives; rows with fewer active latents than the fullest end in zeros."""
-        return cls(*z.topk(max(1, int((z > 0).sum(-1).max())), dim=-1))
+        """A dense code `(..., n)`; rows with fewer active latents than the fullest end in zeros.
+
+        Latents below 0 are active, too; the largest magnitudes come first.
+        """
+        indices = z.abs().topk(max(1, int((z != 0).sum(-1).max())), dim=-1).indices
+        return cls(z.gather(-1, indices), indices)
 
 
 class SparseAutoencoder(ModelMixin, ConfigMixin):

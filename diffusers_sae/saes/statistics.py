@@ -33,7 +33,8 @@ class StepStatistics(NamedTuple):
 class LatentStatistics:
     """Mean and largest activation and firing rate of every latent at every timestep, over all rows.
 
-    `timesteps (T,)`, from noise to image; `mean`, `max`, `rate`, each `(T, n)` in fp32.
+    `timesteps (T,)`, from noise to image; `mean`, `max`, `rate`, each `(T, n)` in fp32. A latent fires where it is not
+    0. Of signed codes (`Directions`, TopK without ReLU), mean and max may be below 0.
     """
 
     timesteps: torch.Tensor
@@ -76,14 +77,23 @@ class StatisticsAccumulator:
 
     def add(self, timestep: float, code: SparseCode) -> None:
         """Count the codes `(..., k)` of rows that were seen at `timestep`."""
-        values, indices = code.values.flatten().double(), code.indices.flatten()
+        values, indices = code.values.flatten().cpu().double(), code.indices.flatten().cpu()
+        rows = code.indices[..., 0].numel()
+        if not rows:
+            return
         total, top, fired = self._steps.setdefault(timestep, [torch.zeros(self._n).double() for _ in range(3)])
         total.index_add_(0, indices, values)
-        top.scatter_reduce_(0, indices, values, "amax")
+        before, seen = fired.clone(), self._rows.get(timestep, 0)
         fired.index_add_(0, indices, (values != 0).double())
-        self._rows[timestep] = self._rows.get(timestep, 0) + code.indices[..., 0].numel()
+        self._rows[timestep] = seen + rows
+        here = torch.full_like(top, -torch.inf).scatter_reduce_(0, indices, values, "amax")
+        here = torch.where(fired - before < rows, here.clamp(min=0), here)  # 0 in some row
+        top.copy_(torch.maximum(top, here) if seen else here)
 
     def finish(self) -> LatentStatistics:
+        """The statistics of all codes so far; raises `InputError` if there are none."""
+        if not self._steps:
+            raise InputError("There are no codes to take statistics of; add those of some rows first.")
         steps = sorted(self._steps, reverse=True)
         rows = torch.tensor([self._rows[t] for t in steps])[:, None]
         total, top, fired = (torch.stack([self._steps[t][i] for t in steps]) for i in range(3))

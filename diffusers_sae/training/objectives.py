@@ -63,7 +63,7 @@ def trainable(cls: type[SparseAutoencoder]) -> bool:
 
 
 def _fired(z: torch.Tensor) -> torch.Tensor:
-    return (z.detach() > 0).any(0)
+    return (z.detach() != 0).any(0)
 
 
 def _fired_of(values: torch.Tensor, indices: torch.Tensor, n: int) -> torch.Tensor:

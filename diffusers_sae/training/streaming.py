@@ -83,7 +83,8 @@ def train_on_stream(
 ) -> dict[str, SparseAutoencoder]:
     """Train SAEs on the activations of `config.images` generated images, all of them in one pass.
 
-    SAEs of the same site share its shuffle buffer and see the same rows in the same order.
+    SAEs of the same site share its shuffle buffer and see the same rows in the same order. The plan rests: activations
+    are those of the unsteered model.
 
     Args:
         saes: `{name: SAE}`; for one SAE a site, `{site: function of the width that gives it}` will do.

@@ -8,8 +8,9 @@ import torch
 from conftest import SITE, Harness
 from PIL import Image
 
-from diffusers_sae import InputError, SAESteeringPipeline
+from diffusers_sae import InputError, SAESteeringPipeline, TopKSAE
 from diffusers_sae.capture import ShuffleBuffer, StoreConfig, store_activations, stream_activations
+from diffusers_sae.training import StreamingConfig, train_on_stream
 
 CALL = {"num_inference_steps": 3, "guidance_scale": 5.0, "height": 16, "width": 16}
 PROMPTS = ["ab", "cd", "ef", "gh", "ij"]
@@ -34,6 +35,50 @@ def test_the_first_step_alone_is_the_first_of_all(sd):
     rows, timesteps = first.rows(SITE)
     assert timesteps.tolist() == whole.rows(SITE)[1][:1].tolist()
     assert torch.equal(rows[0], whole.rows(SITE)[0][0])
+
+
+def test_the_plan_rests_while_a_stream_runs_and_acts_between_its_batches(sd, sae):
+    bare = next(stream_activations(sd.pipe, ["unet.mid_block", SITE], PROMPTS[:2], **CALL))
+    unsteered = sd.run()
+    sd.pipe.load_sae(sae)
+    sd.pipe.load_sae(sae, adapter_name="off")
+    sd.pipe.steer({3: 9.0}, "default_0")
+    sd.pipe.steer({4: 9.0}, "off")
+    sd.pipe.disable_sae("off")
+    steered = sd.run()
+    assert not torch.equal(steered, unsteered)
+    stream = stream_activations(sd.pipe, ["unet.mid_block", SITE], PROMPTS[:2] * 2, batch_size=2, **CALL)
+    first = next(stream)
+    assert torch.equal(sd.run(), steered)  # between two batches, too
+    for path in first.sites:
+        assert torch.equal(first.rows(path)[0], bare.rows(path)[0])
+    assert [told["enabled"] for told in sd.pipe.get_list_saes().values()] == [True, False]
+
+
+def test_the_plan_is_in_force_again_after_an_error(sd, sae):
+    sd.pipe.load_sae(sae)
+    sd.pipe.steer({3: 9.0})
+    steered = sd.run()
+    with pytest.raises(ValueError, match="divisible by 8"):
+        next(stream_activations(sd.pipe, [SITE], PROMPTS, **{**CALL, "height": 15}))
+    assert torch.equal(sd.run(), steered)
+
+
+@pytest.mark.parametrize("make", [store_activations, train_on_stream])
+def test_stores_and_training_do_not_depend_on_the_plan(sd, sae, tmp_path, make):
+    def result(folder):
+        if make is store_activations:
+            found = store_activations(sd.pipe, [SITE], PROMPTS, folder, StoreConfig(images=5, batch_size=2), **CALL)
+            return found[SITE].shard(0)["rows"]
+        config = StreamingConfig(images=4, batch_size=2, rows=64, buffer=4096)
+        torch.manual_seed(0)
+        makers = {SITE: lambda width: TopKSAE(width, 16, 2)}
+        return train_on_stream(sd.pipe, makers, PROMPTS, config, folder, **CALL)[SITE].W_dec
+
+    bare = result(tmp_path / "bare")
+    sd.pipe.load_sae(sae)
+    sd.pipe.steer({3: 9.0})
+    assert torch.equal(result(tmp_path / "steered"), bare)
 
 
 @pytest.fixture

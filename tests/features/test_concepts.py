@@ -1,11 +1,19 @@
 """Concept scores against their definition, and the edits made of them."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from conftest import SITE, random_sae
+from safetensors import safe_open
 
-from diffusers_sae import InputError
-from diffusers_sae.features.concepts import ConceptScores
+from diffusers_sae import Directions, InputError, TopKSAE
+from diffusers_sae.demo.shipped import MODELS, SITES
+from diffusers_sae.features.concepts import ConceptScores, concept_activity
+from diffusers_sae.features.packing import pack, unpack
+
+CALL = {"num_inference_steps": 2, "guidance_scale": 5.0, "height": 16, "width": 16}
 
 
 @pytest.fixture
@@ -79,10 +87,9 @@ def test_saved_and_loaded(scores, tmp_path):
     scores.save(tmp_path)
     again = ConceptScores.load(tmp_path)
     assert again.concepts == scores.concepts and again.groups == scores.groups
-    torch.testing.assert_close(again.activity, scores.activity, atol=1e-3, rtol=1e-3)
-    torch.testing.assert_close(again.places, scores.places, atol=0.01, rtol=0.07)
-    assert again.grid == scores.grid
-    torch.testing.assert_close(again.effect, scores.effect, atol=0.01, rtol=1 / 16)  # three bits of mantissa
+    assert again.grid == scores.grid and not again.signed
+    for name in ("activity", "places", "effect"):
+        torch.testing.assert_close(getattr(again, name), getattr(scores, name), atol=0, rtol=2**-11)
     size = (tmp_path / "concepts.safetensors").stat().st_size
     again.save(tmp_path)
     twice = ConceptScores.load(tmp_path)
@@ -101,9 +108,14 @@ def test_bad_input(scores, tmp_path):
         scores.choose("neon", 100)
     with pytest.raises(InputError, match="by='luck' is not a way to choose"):
         scores.choose("neon", by="luck")
-    scores.effect = None
+    effect, scores.effect = scores.effect, None
     with pytest.raises(InputError, match="No effects lie beside this SAE"):
         scores.choose("neon", by="effect")
+    scores.effect = effect.clone()
+    scores.effect[0, 0, 0] = torch.inf
+    with pytest.raises(InputError, match="The effect of the concepts has numbers that are not finite"):
+        scores.save(tmp_path)
+    assert not list(tmp_path.iterdir())
     (tmp_path / "concepts.safetensors").write_bytes(b"no")
     with pytest.raises(InputError, match="cannot be read as concept scores"):
         ConceptScores.load(tmp_path)
@@ -112,15 +124,10 @@ def test_bad_input(scores, tmp_path):
 
 
 def test_activity_is_the_mean_code_over_images_and_places(sd):
-    from conftest import SITE, random_sae
-
-    from diffusers_sae.features.concepts import concept_activity
-
     saes = {SITE: random_sae(), "unet.mid_block": random_sae(16)}
     labelled = [("ab", ["x", "p"]), ("cd", ["y", "p"]), ("ef", ["x", "q"])]
     groups = {"x": "one", "y": "one", "p": "two", "q": "two"}
-    call = {"num_inference_steps": 2, "guidance_scale": 5.0, "height": 16, "width": 16}
-    result = concept_activity(sd.pipe, saes, labelled, groups, batch_size=2, **call)
+    result = concept_activity(sd.pipe, saes, labelled, groups, batch_size=2, **CALL)
     for site, sae in saes.items():
         codes, places = [], []
         for i, (prompt, _) in enumerate(labelled):
@@ -140,4 +147,177 @@ def test_activity_is_the_mean_code_over_images_and_places(sd):
     assert result[SITE].grid == (8, 8) and result["unet.mid_block"].grid == (4, 4)
     assert result[SITE].others("x") == [1]
     with pytest.raises(InputError, match="No prompt shows z"):
-        concept_activity(sd.pipe, saes, labelled, {**groups, "z": "one"}, **call)
+        concept_activity(sd.pipe, saes, labelled, {**groups, "z": "one"}, **CALL)
+
+
+SIGNED = {
+    "directions": lambda: Directions.of(torch.randn(6, 8, generator=torch.Generator().manual_seed(2))),
+    "topk": lambda: lowered(TopKSAE(8, 32, 4, relu=False)),
+}
+LABELLED = [("ab", ["x"]), ("cd", ["y"]), ("ef", ["x"]), ("gh", ["y"])]
+
+
+@torch.no_grad()
+def lowered(sae):
+    sae.b_enc.sub_(3.0)
+    return sae.eval()
+
+
+@pytest.mark.parametrize("kind", SIGNED)
+def test_scores_of_codes_below_zero(sd, kind, tmp_path):
+    torch.manual_seed(0)
+    sae = SIGNED[kind]()
+    scores = concept_activity(sd.pipe, {SITE: sae}, LABELLED, {"x": "g", "y": "g"}, batch_size=2, **CALL)[SITE]
+    codes = {"x": [], "y": []}
+    for i, (prompt, (concept,)) in enumerate(LABELLED):
+        with sd.pipe.capture([SITE]) as activations:
+            sd.run(prompt=prompt, generator=torch.Generator().manual_seed(i), num_inference_steps=2)
+        codes[concept].append(sae.encode(activations[SITE].rows("cond")).detach())  # (T, P, n)
+    mean = {concept: torch.stack(each).mean(0) for concept, each in codes.items()}
+    assert scores.signed and min(float(each.min()) for each in mean.values()) < -0.1
+    for concept, z in mean.items():
+        activity = z.mean(1, keepdim=True)
+        torch.testing.assert_close(scores.activity[scores.index(concept)], activity[:, 0], atol=1e-5, rtol=1e-4)
+        by_place = activity + z.mean(0) - z.mean((0, 1))  # timestep plus place
+        torch.testing.assert_close(scores.activity_by_place(concept), by_place, atol=1e-5, rtol=1e-4)
+    gap = scores.activity_by_place("x") - scores.activity_by_place("y")
+    for j, strength in scores.towards("x", 1.0, 50).items():
+        given = strength.values.flatten(1)
+        torch.testing.assert_close(given, torch.where(given != 0, gap[..., j], 0.0), atol=1e-6, rtol=1e-5)
+    share = {concept: z.mean(1) / z.mean(1).abs().sum(-1, keepdim=True) for concept, z in mean.items()}
+    further = (share["x"] - share["y"]) * torch.where(share["x"] < 0, -1.0, 1.0)
+    torch.testing.assert_close(scores.importance("x"), further, atol=1e-6, rtol=1e-4)
+    assert set(scores.away("x", -1.0, 50)) <= set((further > 0).any(0).nonzero().flatten().tolist())
+    scores.save(tmp_path)
+    again = ConceptScores.load(tmp_path)
+    assert again.signed
+    torch.testing.assert_close(again.activity_by_place("x"), scores.activity_by_place("x"), atol=1e-3, rtol=1e-3)
+
+
+def test_scores_do_not_depend_on_the_plan(sd, sae):
+    def scored():
+        return concept_activity(sd.pipe, {SITE: random_sae(k=3)}, LABELLED, {"x": "g", "y": "g"}, **CALL)[SITE]
+
+    torch.manual_seed(5)
+    bare = scored()
+    sd.pipe.load_sae(sae)
+    sd.pipe.steer({3: 9.0})
+    steered = sd.run()
+    torch.manual_seed(5)
+    assert torch.equal(scored().activity, bare.activity)
+    assert torch.equal(sd.run(), steered)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        torch.linspace(0, 4096, 4096).view(1, 4096, 1),  # a map of 64 x 64 whose latent fires at one end of it
+        torch.tensor([[[1e5, 3e38, -1e30, 1e-30]]]),
+        torch.tensor([[[70000.0]], [[1.0]], [[0.001]], [[0.0]]]),
+        torch.tensor([[[1.2e-38, 0.0]]]),
+    ],
+)
+def test_packed_values_keep_eleven_bits_at_extremes(values):
+    again = unpack("x", pack("x", values), values.shape[-1])
+    torch.testing.assert_close(again, values, atol=0, rtol=2**-11)
+    assert torch.equal(unpack("x", pack("x", again), values.shape[-1]), again)
+
+
+@pytest.mark.parametrize("side", [32, 64, 128])
+def test_maps_of_any_size_survive_saving(side, tmp_path):
+    """A latent that is active at one place has there as many times its mean as there are places."""
+    places = torch.zeros(2, side * side, 8)
+    places[0, 5, 3] = places[1, 7, 3] = side * side
+    activity = torch.full((2, 1, 8), 1e5)
+    activity[1] = 1e-3
+    scores = ConceptScores(("x", "y"), ("g", "g"), torch.tensor([9.0]), activity, places, (side, side))
+    scores.save(tmp_path)
+    again = ConceptScores.load(tmp_path)
+    assert torch.equal(again.places, places)
+    torch.testing.assert_close(again.activity, activity, atol=0, rtol=2**-11)
+    assert list(again.towards("x", percentile=0)) == [3]
+    assert (tmp_path / "concepts.safetensors").stat().st_size < 2.5 * side * side + 2000  # bits, a few values
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_files_of_earlier_versions_give_the_same_scores(site, tmp_path):
+    with safe_open(MODELS / "saes" / site / "concepts.safetensors", "pt") as file:
+        n = json.loads(file.metadata()["n_latents"])
+        stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    scores = ConceptScores.load(MODELS / "saes" / site)
+    for name, unit in (("activity", 1.0), ("places", 1.0), ("effect", stored["effect_unit"].numpy())):
+        there = np.unpackbits(stored[f"{name}.there"].numpy(), axis=-1, count=n).astype(bool)
+        expected = np.zeros(there.shape, np.float32)
+        expected[there] = stored[f"{name}.values"].float().numpy()
+        np.testing.assert_array_equal(getattr(scores, name).numpy(), expected * unit)
+    scores.save(tmp_path)
+    again = ConceptScores.load(tmp_path)
+    assert torch.equal(again.activity, scores.activity) and torch.equal(again.places, scores.places)
+    torch.testing.assert_close(again.effect, scores.effect, atol=0, rtol=2**-11)
+
+
+def test_a_file_whose_places_were_cut_is_refused(scores, tmp_path):
+    from safetensors.torch import save_file
+
+    scores.save(tmp_path)
+    path = tmp_path / "concepts.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata, stored = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    stored["places.values"] = torch.full_like(stored["places.values"], 448).to(torch.float8_e4m3fn)
+    save_file(stored, path, metadata=metadata)
+    with pytest.raises(InputError, match="an earlier version cut its places at 448 times their mean"):
+        ConceptScores.load(tmp_path)
+
+
+def test_one_prompt_a_concept_is_enough(sd, sae):
+    scores = concept_activity(sd.pipe, {SITE: sae}, LABELLED[:2], {"x": "g", "y": "g"}, **CALL)[SITE]
+    assert scores.towards("x") and scores.away("x") and torch.isfinite(scores.importance("x")).all()
+
+
+def test_scores_without_an_answer_get_a_sentence(scores):
+    scores.activity[:] = 1.0
+    scores.places[:] = 1.0
+    with pytest.raises(InputError, match="No latent differs between images of 'neon' and of sepia, flat"):
+        scores.towards("neon")
+    with pytest.raises(InputError, match="No latent differs between images of 'cat' and of cat"):
+        scores.towards("cat", instead_of="cat")
+    with pytest.raises(InputError, match="No latent is more of 'neon' than of the others of its group"):
+        scores.away("neon")
+    scores.groups = ("style", "style", "style", "object", "background")
+    for method in (scores.importance, scores.choose, scores.towards, scores.away, scores.measured_effect):
+        with pytest.raises(InputError, match="'dog' is the only 'background', so that nothing tells it apart"):
+            method("dog")
+    scores.activity[:] = 0.0
+    assert not scores.importance("neon").any()
+
+
+def test_scores_that_do_not_fit_or_are_not_finite_are_refused(scores):
+    arguments = {name: getattr(scores, name) for name in scores.__dataclass_fields__}
+    for name, value, sentence in (
+        (
+            "activity",
+            torch.full((5, 2, 200), torch.nan),
+            "The activity of the concepts has numbers that are not finite",
+        ),
+        ("places", torch.ones(5, 4, 200), r"The places of the concepts has the shape \(5, 4, 200\), and not"),
+        ("effect", torch.ones(4, 2, 200), r"The effect of the concepts has the shape \(4, 2, 200\), and not"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            ConceptScores(**{**arguments, name: value})
+
+
+def test_what_concept_activity_cannot_score(sd, sae):
+    calls = []
+    sd.pipe.unet.register_forward_pre_hook(lambda *_: calls.append(1))
+    groups = {"x": "g", "y": "g"}
+    kinds = {"kind": "update"}, {"layout": "channels"}
+    for kind in kinds:
+        other = random_sae(site={"path": SITE, **kind})
+        with pytest.raises(InputError, match="concept scores are read at unet.up_blocks"):
+            concept_activity(sd.pipe, {SITE: other}, LABELLED, groups, **CALL)
+    text = "text_encoder.text_model.encoder.layers.0"
+    with pytest.raises(InputError, match="are tokens and no places of an image"):
+        concept_activity(sd.pipe, {text: random_sae(16, site={"path": text})}, LABELLED, groups, **CALL)
+    with pytest.raises(InputError, match="No prompt shows z"):
+        concept_activity(sd.pipe, {SITE: sae}, LABELLED, {**groups, "z": "g"}, **CALL)
+    assert calls == []

@@ -13,6 +13,12 @@ def test_most_active_is_by_the_mean_over_all_timesteps_without_the_dead():
     assert most_active(statistics, 9) == [3, 1, 0]
 
 
+def test_most_active_of_signed_codes_is_by_magnitude():
+    mean = torch.tensor([[0.1, -5.0, 0.0, 1.0]])
+    statistics = LatentStatistics(torch.tensor([9.0]), mean, mean, (mean != 0).float())
+    assert most_active(statistics, 9) == [1, 3, 0]
+
+
 def test_opposite_pairs_are_found_in_chunks_of_any_size():
     torch.manual_seed(0)
     sae = TopKSAE(64, 40, 4)

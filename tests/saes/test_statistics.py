@@ -1,10 +1,53 @@
 """Statistics per timestep against their definition."""
 
+import pytest
 import torch
 from conftest import random_sae
 
-from diffusers_sae import LatentStatistics
-from diffusers_sae.saes import StatisticsAccumulator
+from diffusers_sae import Directions, InputError, LatentStatistics, TopKSAE
+from diffusers_sae.saes import SparseCode, StatisticsAccumulator
+
+
+def signed_saes():
+    """SAEs of which every latent may be below 0, and of which some are so on all rows of `rows_below_zero`."""
+    torch.manual_seed(3)
+    topk = TopKSAE(8, 32, 4, relu=False).eval()
+    with torch.no_grad():
+        topk.b_enc.sub_(3.0)
+    every = TopKSAE(8, 4, 4, relu=False).eval()  # all latents, on every row
+    with torch.no_grad():
+        every.b_enc.sub_(9.0)
+    return {"directions": Directions.of(torch.randn(6, 8)), "topk": topk, "every": every}
+
+
+@pytest.mark.parametrize("kind", ["directions", "topk", "every"])
+def test_codes_below_zero_are_counted_as_they_are(kind):
+    sae = signed_saes()[kind].requires_grad_(False)
+    accumulator, seen = StatisticsAccumulator(sae.n_latents), []
+    for size in (3, 40):  # a latent that is below 0 on all rows of a batch, and maybe not of the next
+        x = torch.randn(size, 8) - 5 * sae.W_dec[0]
+        seen.append(sae.encode(x).double())
+        accumulator.add(1.0, sae.encode_sparse(x))
+    z, statistics = torch.cat(seen), accumulator.finish()
+    assert (z < 0).any() and (kind == "topk" or (z.amax(0) < 0).any())
+    torch.testing.assert_close(statistics.max[0].double(), z.amax(0), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(statistics.mean[0].double(), z.mean(0), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(statistics.rate[0].double(), (z != 0).double().mean(0), atol=1e-6, rtol=1e-6)
+
+
+def test_a_sparse_code_of_a_dense_one_loses_nothing():
+    z = torch.tensor([[0.0, -3.0, 1.0, 0.0], [2.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    code = SparseCode.of(z)
+    assert code.values.shape == (3, 2)
+    assert torch.equal(torch.zeros(3, 4).scatter_(-1, code.indices, code.values), z)
+    assert SparseCode.of(torch.zeros(2, 5)).values.shape == (2, 1)
+
+
+def test_no_codes_have_no_statistics():
+    accumulator = StatisticsAccumulator(4)
+    accumulator.add(1.0, SparseCode(torch.empty(0, 2), torch.empty(0, 2, dtype=torch.long)))
+    with pytest.raises(InputError, match="There are no codes to take statistics of"):
+        accumulator.finish()
 
 
 def test_accumulated_in_parts_equals_dense_definition(tmp_path):
