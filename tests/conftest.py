@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from typing import NamedTuple
+
 import pytest
 import torch
 from tiny import EMBEDDED, PIPELINES, SITE, WIDTH, make
@@ -12,6 +15,31 @@ from diffusers_sae.training import SAETrainer
 
 class Stop(BaseException):
     """As sudden as a kill: nothing that cleans up after an `Exception` runs."""
+
+
+class Outcome(NamedTuple):
+    """How a command ended, and what it showed."""
+
+    code: int | None
+    out: str
+    err: str
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """A function that runs `diffusers-sae` with arguments, in this process; no command shows a traceback."""
+    from diffusers_sae import cli
+
+    def run(*arguments) -> Outcome:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["diffusers-sae", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        outcome = Outcome(stop.value.code, *capsys.readouterr())
+        assert "Traceback" not in outcome.err
+        return outcome
+
+    return run
 
 
 class Harness:

@@ -14,6 +14,7 @@ from ..activations import AllSeen, SiteActivations
 from ..errors import InputError
 from ..families import denoiser_of, family_of
 from ..sites import Site
+from .calls import CAPTURE_SETS, check_call
 
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 """Shares of noise that images get."""
@@ -73,6 +74,8 @@ def stream_activations(
     (`unet.mid_block`), without the up blocks.
     """
     once = first_step_only or images is not None
+    taken = ("callback_on_step_end",) * once + ("image", "strength") * (images is not None)
+    check_call(pipe, call, (*CAPTURE_SETS, *taken))
     if once:
         call["callback_on_step_end"] = _stop
     if images is not None:
@@ -94,6 +97,10 @@ def stream_activations(
                         pipe(batch, generator=generators, output_type="latent", **own, **call)
                 except AllSeen:
                     pipe.maybe_free_model_hooks()  # the last thing that a pipeline does
+                except InputError:
+                    raise
+                except (TypeError, ValueError) as error:  # what pipelines say of arguments
+                    raise InputError(f"{type(pipe).__name__} cannot be called like this: {error}") from error
         if images is not None:
             for site in activations.values():
                 site.count_images_anew(n)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -70,27 +70,48 @@ def stream_prompts(
     Raises:
         InputError: no such site or kind of tokens, the site is in no text encoder, or a prompt is no string.
     """
-    at, tokenizer = Site.of(site), tokenizer_of(pipe, site)
+    at = Site.of(site)
+    for batch in stream_prompts_at(pipe, [at], prompts, batch_size=batch_size, keep=keep, **encode):
+        yield batch[at.path]
+
+
+def stream_prompts_at(
+    pipe: Any,
+    sites: Sequence[Site | str],
+    prompts: Iterable[str],
+    *,
+    batch_size: int = 64,
+    keep: str = "words",
+    **encode: Any,
+) -> Iterator[dict[str, TokenActivations]]:
+    """`stream_prompts` for several sites, in one text encoder or in several, in one pass: `{path: what it held}`."""
+    places = [Site.of(site) for site in sites]
+    tokenizers = {at.path: tokenizer_of(pipe, at) for at in places}
     if keep not in KEEP:
         raise InputError(f"keep={keep!r} is no choice of tokens; choose one of {', '.join(KEEP)}.")
     if isinstance(prompts, str):
         raise InputError(f"prompts takes a list of prompts; pass [{prompts!r}].")
-    place, stream, state = resolve(pipe, at), iter(prompts), pipe._steering
+    modules, stream, state = [resolve(pipe, at) for at in places], iter(prompts), pipe._steering
     while batch := list(islice(stream, batch_size)):
         if not all(isinstance(prompt, str) for prompt in batch):
             raise InputError("A prompt is no string; pass a list of strings.")
-        seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+        seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
-        def take(site: Site, x: torch.Tensor, context: Context, seen: list = seen) -> None:
+        def take(site: Site, x: torch.Tensor, context: Context, seen: dict = seen) -> None:
             assert isinstance(context, TextContext)
-            seen.append((LAYOUTS[site.layout].to_rows(x).detach().cpu(), context.ids.cpu()))
+            if site.path not in seen:  # later calls would be of negative prompts
+                seen[site.path] = LAYOUTS[site.layout].to_rows(x).detach().cpu(), context.ids.cpu()
 
-        with state.attached([(place, CaptureHook(at, take, lambda: state.armed))]), state.reading(pipe):
+        hooks = [(place, CaptureHook(at, take, lambda: state.armed)) for place, at in zip(modules, places, strict=True)]
+        with state.attached(hooks), state.reading(pipe):
             _encode(pipe, batch, encode)
-        if not seen or len(seen[0][0]) != len(batch):
-            raise InputError(f"{at} did not run once for every prompt in {type(pipe).__name__}.encode_prompt.")
-        tensor, ids = seen[0]  # later calls would be of negative prompts
-        yield TokenActivations(at, batch, tensor, ids, KEEP[keep](ids, tokenizer))
+        read = {}
+        for at in places:
+            tensor, ids = seen.get(at.path, (torch.empty(0), torch.empty(0)))
+            if len(tensor) != len(batch):
+                raise InputError(f"{at} did not run once for every prompt in {type(pipe).__name__}.encode_prompt.")
+            read[at.path] = TokenActivations(at, batch, tensor, ids, KEEP[keep](ids, tokenizers[at.path]))
+        yield read
 
 
 def read_prompts(pipe: Any, site: Site | str, prompts: Iterable[str], **options: Any) -> TokenActivations:

@@ -2,29 +2,59 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+from .failures import Stopped, advise_after_stop, explain, program_name
+
+DEBUG = "--debug"
 
 
 def main() -> None:
-    """Run the command line. A user's mistake ends in one sentence and exit code 2; `--debug` shows where it arose."""
-    try:
-        from .app import app
-    except ModuleNotFoundError as error:
-        sys.exit(f"diffusers-sae needs {error.name}; run: pip install 'diffusers_sae[cli]'")
-    from ..errors import InputError
+    """Run the command line.
 
-    debug = "--debug" in sys.argv
-    arguments = [a for a in sys.argv[1:] if a != "--debug"]
+    A failure ends in one sentence, and `--debug` shows where it arose. Exit codes: 2 for a user's mistake, 70 for a
+    failure that nobody foresaw, 130 after Ctrl-C, 143 after SIGTERM.
+    """
+    debug = DEBUG in sys.argv
+    arguments = [a for a in sys.argv[1:] if a != DEBUG]
     try:
-        sys.exit(app(args=arguments, prog_name="diffusers-sae", standalone_mode=True))
-    except (InputError, FileNotFoundError) as error:
+        with _stopped_by_signals():
+            from .app import app
+
+            sys.exit(app(args=arguments, prog_name="diffusers-sae", standalone_mode=True))
+    except Stopped as stop:
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except ModuleNotFoundError as error:
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        print(f"\n{advise_after_stop(arguments, program_name(), processes)}", file=sys.stderr)
+        sys.exit(stop.exit_code)
+    except Exception as error:
         if debug:
             raise
-        sys.exit(f"error: this command needs {error.name}; run: pip install 'diffusers_sae[evaluate]'")
-    except KeyboardInterrupt:
-        sys.exit("stopped; run the same command again to go on")
+        sentence, code = explain(error)
+        print(f"error: {sentence}", file=sys.stderr)
+        sys.exit(code)
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """Let SIGINT and SIGTERM raise `Stopped`. Python's `KeyboardInterrupt` would end in typer, without our advice."""
+    if threading.current_thread() is not threading.main_thread():  # only there can handlers be set
+        yield
+        return
+
+    def stop(number: int, frame: object) -> NoReturn:
+        raise Stopped(number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import json
+import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from ..errors import InputError
+from .call_option import read_call
 from .configs import Config, record
-from .sources import Pictures, load_model, read_prompts
+from .files import check_output_folder
+from .prompts import read_prompts
+from .sources import Pictures, load_model
 
 
 def capture(
     ctx: typer.Context,
     model: Annotated[str, typer.Argument(help="Folder or hub repository of a diffusers pipeline, or emoji-sd.")],
-    prompts: Annotated[Path, typer.Argument(help="Text file with one prompt a line, or .csv or .jsonl.")],
+    prompts: Annotated[Path, typer.Argument(help="Text file, a prompt a line; or .csv, .tsv, .json, .jsonl.")],
     out: Annotated[Path, typer.Option(help="Folder; every site gets a folder in it.")],
     site: Annotated[list[str], typer.Option(help="Path of a site, such as unet.mid_block; once for each site.")],
-    column: Annotated[str, typer.Option(help="Column of the prompts in a .csv or .jsonl file.")] = "prompt",
+    column: Annotated[str, typer.Option(help="Column of the prompts in a table or in JSON.")] = "prompt",
     pictures: Annotated[
         Path | None, typer.Option(help="Folder of images, one for each prompt: noise is added, nothing is generated.")
     ] = None,
@@ -38,31 +42,44 @@ def capture(
 ) -> None:
     """Generate images and keep what the sites hold. Stopped, it goes on where it was."""
     import torch
-    from diffusers import AutoPipelineForImage2Image
 
-    from .. import SAESteeringPipeline
     from ..capture import StoreConfig, store_activations
-    from ..errors import InputError
+    from ..capture.calls import CAPTURE_SETS, check_call
 
-    try:
-        arguments = json.loads(call)
-    except ValueError as error:
-        raise InputError(
-            f"call={call!r} is no JSON ({error}); pass such as '{{\"num_inference_steps\": 20}}'."
-        ) from None
+    arguments = read_call(call)
     lines = read_prompts(prompts, column)
+    check_output_folder(out)
+    if strength and pictures is None:
+        raise InputError("--strength is of the noise that pictures get; pass --pictures, or leave it out.")
+    if max_gb is not None and not 0 < max_gb < math.inf:
+        raise InputError(f"max_gb={max_gb} must be above 0.")
     budget = None if max_gb is None else int(max_gb * 1e9)
     kept = StoreConfig(
         len(lines) if images is None else images, batch_size, tuple(branch), timesteps, places, dtype, budget, seed
     )
-    cuda = torch.cuda.is_available()
+    noised = {} if pictures is None else {"images": Pictures(pictures), **({"strengths": strength} if strength else {})}
     pipe = load_model(model)
     if pictures is not None:
-        arguments |= {"images": Pictures(pictures), **({"strengths": strength} if strength else {})}
-        pipe = SAESteeringPipeline.from_pipe(AutoPipelineForImage2Image.from_pipe(pipe))
-        pipe.set_progress_bar_config(disable=True)
-    stores = store_activations(pipe.to("cuda") if cuda else pipe, site, lines, out, kept, **arguments)
+        pipe = _image_to_image(pipe)
+    check_call(pipe, arguments, (*CAPTURE_SETS, "image", "strength") if noised else CAPTURE_SETS)
+    if torch.cuda.is_available():
+        pipe = pipe.to("cuda")
+    stores = store_activations(pipe, site, lines, out, kept, **arguments, **noised)
     record(ctx, out)
     for path, store in stores.items():
         size = sum(shard["bytes"] for shard in store.manifest["shards"])
         typer.echo(f"{path}: {len(store):,} rows of width {store.width}, {size / 1e9:.3f} GB, in {store.folder}")
+
+
+def _image_to_image(pipe: Any) -> Any:
+    """The sibling of a pipeline that adds noise to images; raises `InputError` if it has none."""
+    from diffusers import AutoPipelineForImage2Image
+
+    from .. import SAESteeringPipeline
+
+    try:
+        sibling = SAESteeringPipeline.from_pipe(AutoPipelineForImage2Image.from_pipe(pipe))
+    except ValueError as error:
+        raise InputError(f"{type(pipe).__name__} has no sibling that takes pictures ({error}).") from error
+    sibling.set_progress_bar_config(disable=True)
+    return sibling

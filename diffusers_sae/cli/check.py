@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import InputError
 from .convert import settings_of
 from .sources import load_model
 
@@ -24,8 +25,11 @@ def check(
     """Run a pipeline once and tell which of its tensors an SAE was trained on."""
     from ..sites import Site
 
-    pipe = load_model(model)
+    if steps < 1:
+        raise InputError(f"steps={steps} must be at least 1.")
+    settings = settings_of(set_ or [])
     where = None if site is None else Site(site, kind=kind)
-    pipe.load_sae(sae, where, subfolder=subfolder, config=settings_of(set_ or []))
+    pipe = load_model(model)
+    pipe.load_sae(sae, where, subfolder=subfolder, config=settings)
     call = {"num_inference_steps": steps, **({} if guidance is None else {"guidance_scale": guidance})}
     typer.echo(pipe.check_sae(prompt, **call))

@@ -9,11 +9,16 @@ from typing import Annotated
 
 import typer
 
+from .extras import require
+from .files import check_output_folder
+
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for grid.png and report.json.")] = Path("outputs/demo"),
 ) -> None:
     """Steer the embedded model: styles added, backgrounds turned, an object removed, a strength sweep, time windows."""
+    require("matplotlib", "PIL")
+    check_output_folder(out)
     from ..demo.measure_steering import load_towards
     from ..demo.pictures import draw_grid
     from ..demo.shipped import MODELS, SITES, load_detectors, load_judge, load_pipeline, load_scores

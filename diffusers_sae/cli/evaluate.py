@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from ..errors import InputError
+from .extras import require
+from .files import check_output_file, check_output_folder, read_text
 
 PARTS = ("model", "sae", "steering", "bare", "curves", "styles", "objects")
 
@@ -20,17 +24,21 @@ def evaluate(
 
     A part that is left out keeps the figures that the JSON file has of it.
     """
-    from ..demo.pictures import draw_curves
-    from ..demo.quality import Quality, fingerprint
-    from ..errors import InputError
-    from ..evaluation.ledger import Ledger
-
-    wanted = [part.strip() for part in parts.split(",")]
+    wanted = list(dict.fromkeys(part.strip() for part in parts.split(",") if part.strip()))
     if unknown := [part for part in wanted if part not in PARTS]:
         raise InputError(f"{unknown[0]!r} is not a part; choose from {', '.join(PARTS)}.")
+    if not wanted:
+        raise InputError(f"There is no part in parts={parts!r}; choose from {', '.join(PARTS)}.")
+    require("scipy", *(["matplotlib"] if "curves" in wanted else []))
+    check_output_file(out)
+    check_output_folder(work)
+    figures = _read_figures(out) if out.exists() else {}
+    from ..demo.pictures import draw_curves
+    from ..demo.quality import Quality, fingerprint
+    from ..evaluation.ledger import Ledger
+
     weights = fingerprint()
     quality = Quality(Ledger(work / "ledger.jsonl", weights))
-    figures = json.loads(out.read_text()) if out.exists() else {}
     if figures.get("weights") != weights:
         figures = {"weights": weights}
     for part in wanted:
@@ -40,3 +48,15 @@ def evaluate(
         typer.echo(f"{part}: in {out}")
     if "curves" in wanted:
         draw_curves(figures["curves"], out.with_name("demo_removal.png"))
+
+
+def _read_figures(file: Path) -> dict[str, Any]:
+    """The figures of an earlier run; raises `InputError` if the file is something else, which is not written over."""
+    text = read_text(file)
+    try:
+        figures = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{file} holds no figures of an earlier run ({error}); choose another --out.") from None
+    if not isinstance(figures, dict):
+        raise InputError(f"{file} holds no figures of an earlier run; choose another --out.")
+    return figures

@@ -1,9 +1,8 @@
-"""Prompts and pictures from files."""
+"""Pipelines and pictures that a command is given."""
 
 from __future__ import annotations
 
-import csv
-import json
+import difflib
 from pathlib import Path
 from typing import Any
 
@@ -12,29 +11,14 @@ from ..errors import InputError
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 EMBEDDED = "emoji-sd"
-
-
-def read_prompts(file: Path, column: str) -> list[str]:
-    """The prompts of a text file, one a line, or of a column of a `.csv` or `.jsonl` file."""
-    text = file.read_text()
-    if file.suffix not in (".csv", ".jsonl"):
-        return [line for line in text.splitlines() if line.strip()]
-    if file.suffix == ".csv":
-        rows: list[dict[str, Any]] = list(csv.DictReader(text.splitlines(keepends=True)))
-    else:
-        try:
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-        except ValueError as error:
-            raise InputError(f"{file} is no JSON Lines ({error}); write one object a line.") from None
-    for i, row in enumerate(rows):
-        if not isinstance(row, dict) or not isinstance(row.get(column), str):
-            has = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
-            raise InputError(f"Row {i + 1} of {file} has no text in the column {column!r}; it has {has}.")
-    return [row[column] for row in rows]
+INDEX = "model_index.json"
 
 
 class Pictures:
-    """The pictures of a folder in the order of their names, opened when they are asked for."""
+    """The pictures of a folder in the order of their names, opened when they are asked for.
+
+    Raises `InputError` if the folder holds none; asked for some, if one cannot be read.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._files = sorted(file for file in folder.glob("*") if file.suffix.lower() in PICTURES)
@@ -45,25 +29,61 @@ class Pictures:
         return len(self._files)
 
     def __getitem__(self, part: slice) -> list[Any]:
-        from PIL import Image
-
-        return [Image.open(file).convert("RGB") for file in self._files[part]]
+        return [_open_picture(file) for file in self._files[part]]
 
     def as_told(self) -> list[tuple[str, int]]:
         """What the manifest of a store says of them: names and sizes of the files."""
         return [(file.name, file.stat().st_size) for file in self._files]
 
 
+def _open_picture(file: Path) -> Any:
+    from PIL import Image
+
+    try:
+        return Image.open(file).convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: of broken PNGs
+        raise InputError(f"{file} is no picture that can be read ({error}); mend it or take it out.") from None
+
+
 def load_model(name: str) -> Any:
-    """A steerable pipeline by its folder, its name on the hub, or `emoji-sd`, which ships with the package."""
+    """A steerable pipeline by its folder, its name on the hub, or `emoji-sd`, which ships with the package.
+
+    Raises:
+        InputError: there is no such model, or it cannot be loaded.
+    """
     import torch
+    from diffusers.utils import logging
 
     from ..demo.shipped import MODELS
     from ..pipelines import SAESteeringPipeline
 
     if name == EMBEDDED and not Path(name).exists():
         name = str(MODELS / EMBEDDED)
+    _check_folder(Path(name))
     dtype = torch.float16 if torch.cuda.is_available() else torch.float32
-    pipe = SAESteeringPipeline.from_pretrained(name, dtype=dtype)
+    logging.disable_progress_bar()
+    try:
+        pipe = SAESteeringPipeline.from_pretrained(name, dtype=dtype)
+    except InputError:
+        raise
+    except Exception as error:  # of any kind, since every component has a loader of its own
+        raise InputError(_explain(name, error)) from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _check_folder(folder: Path) -> None:
+    if folder.is_file():
+        raise InputError(f"{folder} is a file; pass the folder of a pipeline that save_pretrained wrote.")
+    if folder.is_dir() and not (folder / INDEX).is_file():
+        raise InputError(f"{folder} holds no pipeline: {INDEX} is missing; pass a folder that save_pretrained wrote.")
+
+
+def _explain(name: str, error: Exception) -> str:
+    reason = next((line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()), "")
+    reason = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
+    if Path(name).is_dir():
+        return f"The pipeline in {name} cannot be loaded ({reason}); fetch or save it again."
+    near = difflib.get_close_matches(name, [EMBEDDED], cutoff=0.6)
+    advice = f"did you mean {near[0]}?" if near else "check the name, the network and the token."
+    return f"{name!r} is no folder here and could not be fetched from the hub ({reason}); {advice}"

@@ -12,6 +12,8 @@ import typer
 
 from ..errors import InputError
 from .configs import Config, read_record, record
+from .extras import advise_install
+from .files import check_output_folder
 
 SAME = ("latents", "training", "kind", "k", "seed", "held_out")
 """What a run cannot change when it goes on."""
@@ -57,6 +59,10 @@ def train(
         raise InputError(f"{kind!r} is not a kind of SAE; choose from {', '.join(kinds)}.")
     if latents is None and scale is None:
         raise InputError("Neither latents nor a scale is given; pass --latents 5120, or --scale 1m.")
+    if latents is not None and latents < 1:
+        raise InputError(f"latents={latents} must be at least 1.")
+    _check_tracker(tracker)
+    check_output_folder(out)
     settings = TrainingConfig(
         steps,
         rows,
@@ -68,12 +74,15 @@ def train(
         optimizer=optimizer,
         precision=precision,
     )
+    _check_store(store)
     activations = ActivationStore(store)
     shards = len(activations.shard_rows)
     if not 0 < held_out < shards:
         raise InputError(f"held_out={held_out} must be at least 1 and less than the {shards} shards of {store}.")
     cls: Any = kinds[kind]
     own = {"k": k} if issubclass(cls, (TopKSAE, BatchTopKSAE)) else {}
+    seen, unseen = activations.part(stop=-held_out), activations.part(start=-held_out)
+    _check_sizes(cls, own, latents, seen, unseen, None if scale else rows)
     manifest = activations.manifest
     provenance = {
         "site": manifest["site"],
@@ -85,7 +94,6 @@ def train(
     }
     keep_freed_memory()
     accelerator = Accelerator(log_with=tracker, project_dir=out / "training" / "tracker" if tracker else None)
-    seen = activations.part(stop=-held_out)
     if accelerator.is_main_process:
         make_sae = partial(cls, **own)
         _settle(ctx, out / "training", scale, latents, settings, seen, make_sae, accelerator)
@@ -94,25 +102,70 @@ def train(
     latents, settings = told["latents"], TrainingConfig(**told["training"])
     if tracker:
         accelerator.init_trackers("diffusers-sae", config={"latents": latents, "kind": kind, **asdict(settings)})
-    sae = train_on_store(
-        seen,
-        lambda width: cls(width, latents, **own, provenance=provenance),
-        out / "training",
-        settings,
-        seed=seed,
-        accelerator=accelerator,
-    )
+    try:
+        sae = train_on_store(
+            seen,
+            lambda width: cls(width, latents, **own, provenance=provenance),
+            out / "training",
+            settings,
+            seed=seed,
+            accelerator=accelerator,
+        )
+    except FloatingPointError as error:
+        raise InputError(
+            f"{error} The rate was {settings.lr:g}: pass a lower --lr, and another --out or delete {out / 'training'}."
+        ) from error
     accelerator.end_training()
     if not accelerator.is_main_process:
         return
-    figures, statistics = measure_on_store(sae, activations.part(start=-held_out))
+    figures, statistics = measure_on_store(sae, unseen)
     sae.statistics = statistics
     sae.save_pretrained(out, figures=figures)
-    worst = max(figures["fvu_by_timestep"].values())  # type: ignore[attr-defined]
+    by_timestep: Any = figures["fvu_by_timestep"]
+    worst = f" (worst timestep {max(by_timestep.values()):.4f})" if len(by_timestep) > 1 else ""
     typer.echo(
-        f"FVU {figures['fvu']:.4f} (worst timestep {worst:.4f}), L0 {figures['l0']:.1f}, "
+        f"FVU {figures['fvu']:.4f}{worst}, L0 {figures['l0']:.1f}, "
         f"dead {figures['dead']:.1%} on {figures['rows']:,} rows held out: {out}"
     )
+
+
+def _check_store(folder: Path) -> None:
+    """Raise `InputError` if the folder is not of one site but of a whole capture, which has one in it for each."""
+    from ..capture.store import MANIFEST
+
+    inside = sorted(str(file.parent) for file in folder.glob(f"*/{MANIFEST}"))
+    if inside and not (folder / MANIFEST).exists():
+        raise InputError(
+            f"{folder} is the folder of a whole capture; pass the folder of a site in it: {', '.join(inside)}."
+        )
+
+
+def _check_tracker(name: str | None) -> None:
+    """Raise `InputError` unless accelerate has this tracker and its package is there; it would be passed over."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    if name is None:
+        return
+    if name not in LOGGER_TYPE_TO_CLASS:
+        raise InputError(f"{name!r} is not a tracker; choose from {', '.join(LOGGER_TYPE_TO_CLASS)}.")
+    if name not in [str(getattr(each, "value", each)) for each in get_available_trackers()]:
+        raise InputError(f"The tracker {name} is not installed; {advise_install(name)}.")
+
+
+def _check_sizes(cls: Any, own: dict[str, Any], latents: int | None, seen: Any, unseen: Any, rows: int | None) -> None:
+    """Raise `InputError` unless the stores have rows enough, and such an SAE can be made; none is."""
+    import torch
+
+    if len(unseen) == 0:
+        raise InputError(f"The shards of {unseen.folder} that are held out have no rows; pass a larger --held-out.")
+    if rows is not None and len(seen) < rows:
+        raise InputError(
+            f"{seen.folder} has {len(seen)} rows beside those held out, fewer than the {rows} of a step; store more "
+            "rows, or pass fewer --rows."
+        )
+    if latents is not None:
+        with torch.device("meta"):
+            cls(seen.width, latents, **own)
 
 
 def _settle(

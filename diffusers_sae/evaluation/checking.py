@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..capture.calls import check_call
 from ..context import Context
 from ..errors import InputError
 from ..families import DENOISERS
@@ -91,8 +92,9 @@ def check_sae(pipe: Any, sae: SparseAutoencoder, site: Site, prompt: Any = None,
         prompt, call: of the pipeline's call; images are not decoded unless `output_type` is told.
 
     Raises:
-        InputError: the site does not exist, or did not run.
+        InputError: the site does not exist, or did not run; or the pipeline takes no such call.
     """
+    check_call(pipe, call, taken=("prompt",))
     sae.fetch()
     device = sae.W_dec.device
     sae.to("cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from functools import partial
@@ -16,29 +17,38 @@ from ..saes import LatentStatistics
 
 
 def draw_sae(folder: Path, path: Path) -> dict[str, Any]:
-    """Draw what lies in an SAE's folder (log, figures, statistics) as a PNG; returns the figures.
+    """Draw what lies in an SAE's folder (log, figures, statistics), as what the path ends in; returns the figures.
 
-    Raises `InputError` if the folder holds no SAE, or nothing beside it that could be drawn.
+    Raises `InputError` if the folder holds no SAE, or nothing beside it that could be drawn, or what lies there cannot
+    be read, or there is no such format of pictures.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.backend_bases import FigureCanvasBase
 
+    known = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:].lower() not in known:
+        raise InputError(f"{path} ends in no format of pictures; choose from {', '.join(sorted(known))}.")
     sae = load_sae(folder)
     statistics = sae.statistics
     log, held_out = folder / "training" / "log.jsonl", folder / "held_out.json"
     told: dict[str, Any] = {"kind": type(sae).__name__, "latents": sae.n_latents, "width": sae.d_in}
     panels: list[Callable[[Any], None]] = []
     if log.is_file():
-        panels.append(partial(_draw_training, steps=[json.loads(line) for line in log.read_text().splitlines()]))
+        steps = _read_json(log, lines=True)
+        panels.append(partial(_draw_training, steps=steps))
     if held_out.is_file():
-        figures = json.loads(held_out.read_text())
+        figures = _read_json(held_out)
         told |= {key: value for key, value in figures.items() if key not in ("fvu_by_timestep", "density")}
-        panels.append(partial(_draw_timesteps, figures=figures))
+        if len(figures["fvu_by_timestep"]) > 1:  # rows of a text encoder have no timestep
+            panels.append(partial(_draw_timesteps, figures=figures))
     if statistics is not None:
         told["never_fired"] = int(statistics.dead.sum())
-        panels += [partial(_draw_density, statistics=statistics), partial(_draw_firing, statistics=statistics)]
+        panels.append(partial(_draw_density, statistics=statistics))
+        if len(statistics.timesteps) > 1:
+            panels.append(partial(_draw_firing, statistics=statistics))
     if not panels:
         raise InputError(f"{folder} holds an SAE alone; diffusers-sae train writes figures and statistics beside it.")
     figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 4), layout="constrained", squeeze=False)
@@ -47,9 +57,27 @@ def draw_sae(folder: Path, path: Path) -> dict[str, Any]:
     for axis, draw in zip(axes[0], panels, strict=True):
         draw(axis)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=90)
+    drawn = io.BytesIO()  # a file is written whole or not at all
+    figure.savefig(drawn, dpi=90, format=path.suffix[1:].lower())
     plt.close(figure)
+    path.write_bytes(drawn.getvalue())
     return told
+
+
+def _read_json(file: Path, lines: bool = False) -> Any:
+    """What training wrote beside an SAE: an object, or with `lines` a list of one a line; raises `InputError`."""
+    try:
+        text = file.read_text()
+        return [_with("fvu", line) for line in text.splitlines()] if lines else _with("fvu_by_timestep", text)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"{file} cannot be read ({reason}); delete it, or train the SAE again.") from None
+
+
+def _with(name: str, text: str) -> Any:
+    value = json.loads(text)
+    _ = value[name]
+    return value
 
 
 def _draw_training(axis: Any, steps: list[dict[str, float]]) -> None:

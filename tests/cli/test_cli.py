@@ -10,7 +10,7 @@ from PIL import Image
 
 from diffusers_sae import InputError, TopKSAE, cli
 from diffusers_sae.capture import StoreConfig, store_activations
-from diffusers_sae.cli.sources import read_prompts
+from diffusers_sae.cli.prompts import read_prompts
 from diffusers_sae.demo.shipped import CALL as CALL_OF_EMOJI_SD
 from diffusers_sae.demo.shipped import MODELS, SITES, load_pipeline
 from diffusers_sae.demo.world import sample_captions
