@@ -8,11 +8,12 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -23,8 +24,10 @@ from ..checksums import sha256
 from ..errors import InputError
 from ..families import denoiser_of
 from ..sites import LAYOUTS, Site
+from .places import random_places
 from .store import MANIFEST, SCHEMA, ActivationStore, read_manifest
 from .stream import STRENGTHS, StreamBatch, check_images, stream_activations
+from .text_rows import TextRows, check_text_sites, text_arguments
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 log = logging.getLogger(__name__)
@@ -43,6 +46,8 @@ class StoreConfig:
         dtype: `float16`, `bfloat16` or `float32`.
         max_bytes: what all sites together may take on the disk; by default, what is free.
         seed: image i starts from the noise of seed `seed + i`.
+        tokens: at sites of text encoders, whose rows are kept: those of `words`; `padded`, all but the one that begins
+            the text; or `all`.
     """
 
     images: int
@@ -53,6 +58,7 @@ class StoreConfig:
     dtype: str = "float16"
     max_bytes: int | None = None
     seed: int = 0
+    tokens: str = "all"
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -75,35 +81,108 @@ def store_activations(
     stopped, by whatever means, goes on after its last whole shard and ends with the files that an undisturbed run
     writes. `call` goes to the pipeline. Returns `{path: store}`.
 
+    Sites in text encoders are filled first, by the text encoders alone, one row for each token that is kept: the
+    denoiser runs for other sites only. Their rows have the timestep 0.
+
     Raises:
         InputError: if the folder holds another run's activations, or the disk has too little room.
     """
     wanted = list(islice(iter(prompts), config.images))
     if len(wanted) < config.images:
         raise InputError(f"There are {len(wanted)} prompts for {config.images} images; give one for each.")
+    if config.tokens != "all" and not any(Site.of(site).is_text_encoder for site in sites):
+        raise InputError(f"tokens={config.tokens!r} is of text encoders, and no site lies in one; leave it out.")
     if "images" in call:
         check_images(pipe, call.get("strengths", STRENGTHS), call)
         if len(call["images"]) < config.images:
             raise InputError(f"There are {len(call['images'])} pictures for {config.images} images; give one for each.")
     places = [Site.of(site) for site in sites]
-    writers = {at.path: _Writer(Path(folder) / at.path, _about(pipe, at, wanted, config, call)) for at in places}
-    first = min(writer.images for writer in writers.values())
-    if first < config.images:
-        stream = stream_activations(
-            pipe, places, wanted, batch_size=config.batch_size, seed=config.seed, skip=first, **call
-        )
-        with tqdm(total=config.images, initial=first, desc="images", mininterval=5) as bar:
-            for i, batch in enumerate(stream):
-                tensors = {path: _rows_of(batch, path, config) for path in writers}
-                if i == 0:
-                    _check_budget(Path(folder), tensors, len(batch.prompts), config.images - first, config.max_bytes)
+    texts, others = [at for at in places if at.is_text_encoder], [at for at in places if not at.is_text_encoder]
+    encode = _text_arguments(pipe, texts, others, config, call) if texts else {}
+    plans = [
+        _Plan(texts, encode, partial(_text_batches, pipe, texts, wanted, config, encode)),
+        _Plan(others, call, partial(_denoiser_batches, pipe, others, wanted, config, call)),
+    ]
+    writers = [
+        {at.path: _Writer(Path(folder) / at.path, _about(pipe, at, wanted, config, plan.call)) for at in plan.sites}
+        for plan in plans
+    ]
+    left = config.max_bytes
+    for plan, own in zip(plans, writers, strict=True):
+        _fill(Path(folder), own, plan.batches, config.images, left)
+        left = None if left is None else left - sum(writer.bytes for writer in own.values())
+    return {at.path: ActivationStore(Path(folder) / at.path, verify=False) for at in places}
+
+
+class _Plan(NamedTuple):
+    """Sites that are filled in one pass: what of the call acts on them, and the batches from an image on."""
+
+    sites: Sequence[Site]
+    call: Mapping[str, Any]
+    batches: Callable[[int], Iterator[_Batch]]
+
+
+_Batch = tuple[int, int, dict[str, dict[str, torch.Tensor]]]
+"""The number of the first image, how many images, and `{path: tensors of a shard}`."""
+
+
+def _fill(
+    folder: Path,
+    writers: Mapping[str, _Writer],
+    batches: Callable[[int], Iterator[_Batch]],
+    images: int,
+    max_bytes: int | None,
+) -> None:
+    """Write the batches that are missing."""
+    first = min((writer.images for writer in writers.values()), default=images)
+    if first < images:
+        with tqdm(total=images, initial=first, desc="images", mininterval=5) as bar:
+            for first_image, count, tensors in batches(first):
+                if first_image == first:
+                    _check_budget(folder, tensors, count, images - first, max_bytes)
                 for path, writer in writers.items():
-                    if batch.first_image >= writer.images:  # else it was written before the run was stopped
-                        writer.add(tensors[path], len(batch.prompts))
-                bar.update(len(batch.prompts))
-    for writer in writers.values():
+                    if first_image >= writer.images:  # else it was written before the run was stopped
+                        writer.add(tensors[path], count)
+                bar.update(count)
+    for path, writer in writers.items():
+        if writer.rows == 0:
+            raise InputError(f"No prompt has a token that is kept at {path}; pass other prompts, or tokens='all'.")
         writer.finish()
-    return {path: ActivationStore(writer.folder, verify=False) for path, writer in writers.items()}
+
+
+def _denoiser_batches(
+    pipe: Any, sites: Sequence[Site], prompts: Sequence[str], config: StoreConfig, call: Mapping[str, Any], first: int
+) -> Iterator[_Batch]:
+    size, seed = config.batch_size, config.seed
+    for batch in stream_activations(pipe, sites, prompts, batch_size=size, seed=seed, skip=first, **call):
+        tensors = {at.path: _rows_of(batch, at.path, config) for at in sites}
+        yield batch.first_image, len(batch.prompts), tensors
+
+
+def _text_arguments(
+    pipe: Any, texts: Sequence[Site], others: Sequence[Site], config: StoreConfig, call: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What of the call acts on text encoders; raises `InputError` if something was asked for that acts on nothing."""
+    check_text_sites(pipe, texts, config.tokens, config.branches)
+    encode = text_arguments(pipe, call)
+    idle = [] if others else [name for name in call if name not in encode]
+    if not others and config.timesteps is not None:
+        idle.append("timesteps")
+    if idle:
+        raise InputError(
+            f"{', '.join(idle)} would do nothing: the denoiser does not run for sites of text encoders; leave it out."
+        )
+    return encode
+
+
+def _text_batches(
+    pipe: Any, sites: Sequence[Site], prompts: Sequence[str], config: StoreConfig, encode: Mapping[str, Any], first: int
+) -> Iterator[_Batch]:
+    read = TextRows(config.tokens, config.places, config.seed)
+    for first_image, count, tensors in read.stream(pipe, sites, prompts, config.batch_size, first, encode):
+        for held in tensors.values():
+            held["rows"] = held["rows"].to(DTYPES[config.dtype])
+        yield first_image, count, tensors
 
 
 def _about(pipe: Any, site: Site, prompts: Sequence[str], config: StoreConfig, call: Mapping[str, Any]) -> dict:
@@ -111,15 +190,17 @@ def _about(pipe: Any, site: Site, prompts: Sequence[str], config: StoreConfig, c
     kept = asdict(config)
     del kept["max_bytes"]
     kept["branches"] = list(config.branches)
+    del kept["timesteps" if site.is_text_encoder else "tokens"]  # what does not act on the site
     name = pipe.config.get("_name_or_path")
+    name_of_component = site.path.partition(".")[0] if site.is_text_encoder else denoiser_of(pipe)[0]
     return {
         "schema": SCHEMA,
         "site": site.as_dict(),
         "model": {
             "name": name if name is None else str(name),  # it may be a path
-            "weights": _fingerprint(getattr(pipe, denoiser_of(pipe)[0])),
+            "weights": _fingerprint(getattr(pipe, name_of_component)),
         },
-        "scheduler": type(pipe.scheduler).__name__,
+        "scheduler": None if site.is_text_encoder else type(pipe.scheduler).__name__,
         "prompts": hashlib.sha256("\0".join(prompts).encode()).hexdigest(),
         "call": {name: _told(value) for name, value in call.items()},
         "config": kept,
@@ -166,7 +247,7 @@ def _rows_of(batch: StreamBatch, path: str, config: StoreConfig) -> dict[str, to
     count = rows.shape[1] if config.places is None else min(config.places, rows.shape[1])
     each = len(kept) // len(batch.prompts)  # entries of an image
     places = torch.stack(
-        [_places((config.seed, int(images[i]), j % each), rows.shape[1], count) for j, i in enumerate(kept)]
+        [random_places((config.seed, int(images[i]), j % each), rows.shape[1], count) for j, i in enumerate(kept)]
     )
     index = torch.tensor(kept)
     return {
@@ -176,15 +257,6 @@ def _rows_of(batch: StreamBatch, path: str, config: StoreConfig) -> dict[str, to
         "image": images[index].int().repeat_interleave(count),
         "place": places.flatten().int(),
     }
-
-
-def _places(key: tuple[int, int, int], total: int, count: int) -> torch.Tensor:
-    """`count` random places of `total`, which follow from the key (seed, image, entry of that image)."""
-    if count == total:
-        return torch.arange(total)
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-    return torch.randperm(total, generator=generator)[:count].sort().values
 
 
 def _check_budget(
@@ -234,6 +306,14 @@ class _Writer:
     def images(self) -> int:
         """Images whose rows are all on disk."""
         return sum(shard["images"] for shard in self._shards)
+
+    @property
+    def rows(self) -> int:
+        return sum(shard["rows"] for shard in self._shards)
+
+    @property
+    def bytes(self) -> int:
+        return sum(shard["bytes"] for shard in self._shards)
 
     def add(self, tensors: Mapping[str, torch.Tensor], images: int) -> None:
         name = f"{len(self._shards):06}.safetensors"

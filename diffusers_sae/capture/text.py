@@ -55,6 +55,17 @@ def tokenizer_of(pipe: Any, site: Site | str) -> Any:
     return tokenizer
 
 
+def check_sites(pipe: Any, sites: Sequence[Site], keep: str) -> None:
+    """Raise `InputError` unless these sites of text encoders have tokens as rows, and `keep` chooses among those."""
+    for at in sites:
+        tokenizer_of(pipe, at)
+        resolve(pipe, at)
+        if at.layout != "positions":
+            raise InputError(f"The rows of {at} are no tokens; use layout='positions'.")
+    if keep not in KEEP:
+        raise InputError(f"keep={keep!r} is no choice of tokens; choose one of {', '.join(KEEP)}.")
+
+
 def stream_prompts(
     pipe: Any, site: Site | str, prompts: Iterable[str], *, batch_size: int = 64, keep: str = "words", **encode: Any
 ) -> Iterator[TokenActivations]:
@@ -86,9 +97,8 @@ def stream_prompts_at(
 ) -> Iterator[dict[str, TokenActivations]]:
     """`stream_prompts` for several sites, in one text encoder or in several, in one pass: `{path: what it held}`."""
     places = [Site.of(site) for site in sites]
+    check_sites(pipe, places, keep)
     tokenizers = {at.path: tokenizer_of(pipe, at) for at in places}
-    if keep not in KEEP:
-        raise InputError(f"keep={keep!r} is no choice of tokens; choose one of {', '.join(KEEP)}.")
     if isinstance(prompts, str):
         raise InputError(f"prompts takes a list of prompts; pass [{prompts!r}].")
     modules, stream, state = [resolve(pipe, at) for at in places], iter(prompts), pipe._steering

@@ -34,13 +34,19 @@ def capture(
     branch: Annotated[list[str], typer.Option(help="Guidance branch; once for each.")] = ["cond"],  # noqa: B006
     timesteps: Annotated[int | None, typer.Option(help="Timesteps to keep, evenly spread; all by default.")] = None,
     places: Annotated[int | None, typer.Option(help="Random places to keep of each map; all by default.")] = None,
+    tokens: Annotated[
+        str, typer.Option(help="At text encoders: words, padded (all but the one that begins a text) or all.")
+    ] = "all",
     dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "float16",
     max_gb: Annotated[float | None, typer.Option(help="What the store may take; by default, what is free.")] = None,
     seed: Annotated[int, typer.Option(help="Image i starts from the noise of seed + i.")] = 0,
     call: Annotated[str, typer.Option(help="JSON of further arguments of the pipeline.")] = "{}",
     config: Config = None,
 ) -> None:
-    """Generate images and keep what the sites hold. Stopped, it goes on where it was."""
+    """Generate images and keep what the sites hold. Stopped, it goes on where it was.
+
+    Text encoders read the prompts alone: for their sites, no image is generated.
+    """
     import torch
 
     from ..capture import StoreConfig, store_activations
@@ -55,7 +61,15 @@ def capture(
         raise InputError(f"max_gb={max_gb} must be above 0.")
     budget = None if max_gb is None else int(max_gb * 1e9)
     kept = StoreConfig(
-        len(lines) if images is None else images, batch_size, tuple(branch), timesteps, places, dtype, budget, seed
+        images=len(lines) if images is None else images,
+        batch_size=batch_size,
+        branches=tuple(branch),
+        timesteps=timesteps,
+        places=places,
+        dtype=dtype,
+        max_bytes=budget,
+        seed=seed,
+        tokens=tokens,
     )
     noised = {} if pictures is None else {"images": Pictures(pictures), **({"strengths": strength} if strength else {})}
     pipe = load_model(model)

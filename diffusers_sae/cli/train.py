@@ -90,6 +90,7 @@ def train(
         "scheduler": manifest["scheduler"],
         **manifest["call"],
         "branch": ", ".join(manifest["config"]["branches"]),
+        "tokens": manifest["config"].get("tokens"),
         "training_images": sum(shard["images"] for shard in manifest["shards"][:-held_out]),
     }
     keep_freed_memory()
