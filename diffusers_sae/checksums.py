@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 from .errors import InputError
+from .nulls import without_nulls
 
 FILE = "checksums.json"
+DATA = (".safetensors", ".json", ".bin")
 
 
 def sha256(path: Path) -> str:
@@ -17,10 +20,14 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_checksums(folder: Path) -> None:
-    """Record the data files of `folder` (not of its subfolders) in `checksums.json`; cards may be edited later."""
-    files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json") and p.name != FILE)
-    (folder / FILE).write_text(json.dumps({p.name: sha256(p) for p in files}, indent=1) + "\n")
+def write_checksums(folder: Path, names: Iterable[str] | None = None) -> None:
+    """Record these files of `folder` in `checksums.json`, or all of its data files (not of its subfolders).
+
+    Cards are left out, since they may be edited later.
+    """
+    if names is None:
+        names = [p.name for p in folder.iterdir() if p.suffix in DATA and p.name != FILE and p.is_file()]
+    (folder / FILE).write_text(json.dumps({name: sha256(folder / name) for name in sorted(names)}, indent=1) + "\n")
 
 
 def verify_checksums(folder: Path, below: float = math.inf) -> None:
@@ -28,15 +35,25 @@ def verify_checksums(folder: Path, below: float = math.inf) -> None:
 
     Files of `below` bytes or more are not read.
     """
-    record = folder / FILE
-    if not record.exists():
-        return
-    for name, expected in json.loads(record.read_text()).items():
+    for name, expected in _recorded(folder / FILE).items():
         path = folder / name
         if not path.is_file():
-            raise InputError(f"{path} is missing although {record} lists it; fetch or save the SAE again.")
+            raise InputError(f"{path} is missing although {folder / FILE} lists it; fetch or save the SAE again.")
         if path.stat().st_size < below and sha256(path) != expected:
             raise InputError(
-                f"{path} does not have the checksum that {record} records, so it is truncated or altered; "
+                f"{path} does not have the checksum that {folder / FILE} records, so it is truncated or altered; "
                 "fetch or save the SAE again."
             )
+
+
+def _recorded(record: Path) -> dict[str, str]:
+    """`{name of a file: SHA-256}` of a record; empty if there is none."""
+    if not record.exists():
+        return {}
+    try:
+        told = json.loads(record.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        raise InputError(f"{record} cannot be read; fetch or save the SAE again.") from None
+    if not isinstance(told, dict) or any(Path(name).name != name for name in told):
+        raise InputError(f"{record} must be an object {{file: SHA-256}}; fetch or save the SAE again.")
+    return without_nulls(told)

@@ -19,8 +19,9 @@ def warn_of_other_sae(pipe: Any, sae: SparseAutoencoder, place: Site) -> None:
     """Warn if the SAE was trained for another base model or another kind of site than the one it is put at."""
     origin = sae.provenance
     _warn_of_other_model(pipe, origin.get("base_model"), "The SAE was trained on")
-    if "site" in origin and Site.of(origin["site"]) != place:
-        _warn(f"The SAE was trained at {Site.of(origin['site'])} and is loaded at {place}")
+    trained = Site.of(origin.get("site", place))
+    if trained != place:
+        _warn(f"The SAE was trained at {trained} and is loaded at {place}")
 
 
 def warn_of_other_recipe(pipe: Any, made_on: str | None) -> None:

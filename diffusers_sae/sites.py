@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 from .errors import InputError
 from .families import DENOISERS, image_maker_of
 from .handover import Handover
+from .nulls import without_nulls
 
 KINDS = ("output", "input", "update")
 STREAMS = ("image", "text")
@@ -58,7 +59,11 @@ class Site:
         """A `Site` from itself, a path, or the dict that an SAE's config holds."""
         if isinstance(site, Site):
             return site
-        return cls(site) if isinstance(site, str) else cls(**site)
+        told = {"path": site} if isinstance(site, str) else without_nulls(site)
+        known = [field.name for field in fields(cls)]
+        if not isinstance(told, Mapping) or not isinstance(told.get("path"), str) or not set(told) <= set(known):
+            raise InputError(f"{site!r} is no site; pass a path, or an object of a path and {', '.join(known[1:])}.")
+        return cls(**told)
 
     def as_dict(self) -> dict[str, str]:
         return asdict(self)

@@ -11,12 +11,14 @@ import torch
 
 from ..checksums import sha256, verify_checksums
 from ..errors import InputError
+from ..nulls import without_nulls
 from ..saes import LatentStatistics, SparseAutoencoder
-from .formats import format_of
+from .formats import FORMATS, format_of
 from .hub import Found, download
 from .known import record_of, told_by
-from .reading import BROKEN, is_weights, read_config, read_file, read_labels, unreadable
-from .stored import stored_tensors
+from .reading import BROKEN, check_file, is_weights, read_config, read_file, read_labels, split_state, unreadable
+from .shards import files_of, index_of, is_index, is_shard
+from .stored import StoredTensor, stored_tensors
 from .weights import Weights
 
 Source = str | os.PathLike | Mapping[str, torch.Tensor] | SparseAutoencoder
@@ -59,9 +61,11 @@ def load_sae(
     Raises:
         InputError: it is not there, cannot be trusted, was altered or cut off, or does not say what is needed.
     """
+    given = _checked_config(config)
     if isinstance(source, Mapping):
-        held = {key: tensor.clone() for key, tensor in source.items()}
-        return _made(Weights(held, config or {}, "The state dict"))
+        tensors, beside = split_state(source)
+        held = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        return _made(Weights(held, {**without_nulls(beside), **given}, "The state dict"))
     path = Path(source)
     if path.is_file():
         found, weight_name = Found(path.parent), path.name
@@ -71,7 +75,17 @@ def load_sae(
         found = download(str(source), subfolder, hub_kwargs)
     if not found.folder.is_dir():
         raise InputError(f"{found.folder} does not exist; its parent holds {_subfolders(found.folder.parent)}.")
-    return _from_folder(found, weight_name, config or {}, variant, inert)
+    return _from_folder(found, weight_name, given, variant, inert)
+
+
+def _checked_config(config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What the caller adds to the files' config; raises `InputError` if that names a format that nobody knows."""
+    if not isinstance(config or {}, Mapping):
+        raise InputError(f"config is a {type(config).__name__}; pass a dict, such as {{'k': 32}}.")
+    given = without_nulls(config or {})
+    if "format" in given and given["format"] not in list(FORMATS):
+        raise InputError(f"{given['format']!r} is no format; choose one of {', '.join(FORMATS)}.")
+    return given
 
 
 def _from_folder(
@@ -81,46 +95,80 @@ def _from_folder(
     verify_checksums(folder, below=LARGE)
     file = folder / (weight_name or _weights_in(folder, variant))
     told = {**read_config(folder), **config}
-    if file.suffix == ".safetensors" and file.is_file() and file.stat().st_size >= LARGE:
-        sae = _left_on_disk(file, told)
+    check_file(file)
+    files = files_of(file)
+    is_large = sum(each.stat().st_size for each in files) >= LARGE
+    if is_large and all(each.suffix == ".safetensors" for each in files):
+        sae = _left_on_disk(file, files, told)
     else:
-        tensors, beside = read_file(file, inert=inert)
-        sae = _made(Weights(tensors, {**beside, **told}, str(file), folder))
+        tensors, beside = _read_all(files, inert)
+        sae = _made(Weights(tensors, {**without_nulls(beside), **told}, str(file), folder))
     statistics = LatentStatistics.load(folder)
-    sae.statistics = sae.statistics if statistics is None else statistics
+    if statistics is not None:
+        statistics.check(sae.n_latents, f"The statistics in {folder}")
+        sae.statistics = statistics
     sae.labels = read_labels(folder, sae.n_latents)
     if "_class_name" not in told:
         _remember(sae, found, file)
     return sae
 
 
+def _read_all(
+    files: Mapping[Path, Sequence[str] | None], inert: bool = False
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tensors of one file or of several, and what lies beside them."""
+    tensors: dict[str, torch.Tensor] = {}
+    beside: dict[str, Any] = {}
+    for file, names in files.items():
+        here, more = read_file(file, inert=inert)
+        _check_shard(file, here, names)
+        tensors |= here
+        beside |= more
+    return tensors, beside
+
+
+def _check_shard(file: Path, tensors: Mapping[str, Any], names: Sequence[str] | None) -> None:
+    if names is not None and set(names) != set(tensors):
+        raise InputError(
+            f"{file} does not hold the tensors that the index beside it tells ({', '.join(sorted(names))}); "
+            "fetch or save the SAE again."
+        )
+
+
 def _made(weights: Weights) -> SparseAutoencoder:
     sae = format_of(weights).read(weights)
-    if "provenance" in weights.config and not sae.provenance:
-        sae.register_to_config(provenance=dict(weights.config["provenance"]))
+    provenance = weights.section("provenance").config
+    if provenance and not sae.provenance:
+        sae.register_to_config(provenance=dict(provenance))
     return sae
 
 
-def _left_on_disk(file: Path, config: Mapping[str, Any]) -> SparseAutoencoder:
-    """An SAE whose weights stay in the file, if that has its directions as rows; what needs all reads them then."""
-    try:
-        stored = stored_tensors(file)
-    except BROKEN as error:
-        raise unreadable(file, error) from None
+def _left_on_disk(
+    file: Path, files: Mapping[Path, Sequence[str] | None], config: Mapping[str, Any]
+) -> SparseAutoencoder:
+    """An SAE whose weights stay in its files, if those have its directions as rows; what needs all reads them then."""
+    stored: dict[str, StoredTensor] = {}
+    for each, names in files.items():
+        try:
+            here = stored_tensors(each)
+        except BROKEN as error:
+            raise unreadable(each, error) from None
+        _check_shard(each, here, names)
+        stored |= here
 
     def weights(tensors: Mapping[str, torch.Tensor]) -> Weights:
         return Weights(tensors, config, str(file), file.parent)
 
     shapes = weights({n: torch.empty(each.shape, dtype=each.dtype, device="meta") for n, each in stored.items()})
     layout = format_of(shapes)
-    sae = layout.read(shapes)
+    sae = _made(shapes)
     rows = stored.get(layout.rows or "")
     if rows is None or tuple(rows.shape) != (sae.n_latents, sae.d_in):
-        return _made(weights(read_file(file)[0]))
+        return _made(weights(_read_all(files)[0]))
 
     def read() -> Mapping[str, torch.Tensor]:
         verify_checksums(file.parent)
-        return layout.read(weights(read_file(file)[0])).state_dict()
+        return layout.read(weights(_read_all(files)[0])).state_dict()
 
     def read_rows(features: Sequence[int]) -> torch.Tensor:
         found = rows.rows(features).float()
@@ -142,21 +190,22 @@ def _remember(sae: SparseAutoencoder, found: Found, file: Path) -> None:
         revision = next((p.name for p in file.parents if p.parent.name == "snapshots"), None)
         provenance |= {"repository": found.repository, "subfolder": found.subfolder, "revision": revision}
     provenance["file"] = file.name
-    if not sae.W_dec.is_meta:  # what is left on disk is not read for this
+    if not sae.W_dec.is_meta and not is_index(file.name):  # what is left on disk is not read for this
         provenance["sha256"] = sha256(file)
     sae.register_to_config(provenance=provenance)
 
 
 def _weights_in(folder: Path, variant: str | None) -> str:
-    files = sorted(p.name for p in folder.iterdir() if is_weights(p) and p.name not in COMPANIONS)
-    names = [_variant_of(name, variant) for name in NAMES]
-    preferred = [name for name in names if name in files]
-    if preferred:
-        return preferred[0]
+    files = sorted(p.name for p in folder.iterdir() if p.name not in COMPANIONS and not is_shard(p.name))
+    files = [name for name in files if is_weights(name) or is_index(name)]
+    for name in NAMES:
+        for wanted in (index_of(name, variant), _variant_of(name, variant)):
+            if wanted in files:
+                return wanted
     if variant is not None:
         raise InputError(f"{folder} holds no weights of variant {variant!r}; it holds {', '.join(files) or 'none'}.")
-    for suffix in (".safetensors", ""):
-        fitting = [name for name in files if name.endswith(suffix)]
+    for kinds in ((".safetensors", ".safetensors.index.json"), ("",)):
+        fitting = [name for name in files if name.endswith(kinds)]
         if len(fitting) == 1:
             return fitting[0]
         if fitting:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..errors import InputError
+from ..nulls import without_nulls
 from ..saes.card import LABELS
 from .stored import stored_tensors
 
@@ -37,12 +38,29 @@ HOSTILE = (
 def read_config(folder: Path) -> dict[str, Any]:
     """What the folder's `config.json` or `cfg.json` tells, or nothing where there is none."""
     for name in CONFIGS:
-        file = folder / name
-        if file.is_file():
-            if file.stat().st_size > LARGEST_CONFIG:
-                raise InputError(f"{file} has {file.stat().st_size:,} bytes, too many for a config; fetch it again.")
-            return _json(file.read_bytes(), file)
+        if (folder / name).exists() or (folder / name).is_symlink():
+            return read_json(folder / name)
     return {}
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object that a JSON file holds, without the fields that are null; raises `InputError`."""
+    if not file.is_file():
+        raise InputError(f"{file} is no file, or a link to one that is not there; fetch or save the SAE again.")
+    if file.stat().st_size > LARGEST_CONFIG:
+        raise InputError(f"{file} has {file.stat().st_size:,} bytes, too many for a config; fetch it again.")
+    try:
+        return _json(file.read_bytes(), file)
+    except OSError as error:
+        raise InputError(f"{file} cannot be read ({_first_line(error)}); fetch or save the SAE again.") from None
+
+
+def check_file(file: Path) -> None:
+    """Raise `InputError` if there is no weights file of that name."""
+    if file.is_dir():
+        raise InputError(f"{file} is a folder, where a weights file should be; pass weight_name, or fetch it again.")
+    if not file.is_file():
+        raise InputError(f"{file} does not exist; pass weight_name, the name of the weights file in that folder.")
 
 
 def read_file(file: Path, *, inert: bool = False) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -51,8 +69,7 @@ def read_file(file: Path, *, inert: bool = False) -> tuple[dict[str, torch.Tenso
     A torch file is read by the weights-only loader. With `inert`, it puts an empty shell in the place of every class
     that it does not know, and still calls nothing.
     """
-    if not file.is_file():
-        raise InputError(f"{file} does not exist; pass weight_name, the name of the weights file in that folder.")
+    check_file(file)
     try:
         if file.suffix == ".safetensors":
             stored_tensors(file)  # its header tells the truth about its size
@@ -87,7 +104,7 @@ def _read_torch(file: Path, inert: bool) -> tuple[dict[str, torch.Tensor], dict[
         source.seek(0)
     with _shells(source) if inert else nullcontext():
         found = torch.load(source, weights_only=True, map_location="cpu", mmap=zipped and begins == 0)
-    tensors, beside = _sorted(found)
+    tensors, beside = split_state(found)
     for name, tensor in tensors.items():
         if tensor.numel() * tensor.element_size() > size:
             raise ValueError(f"{name} of shape {tuple(tensor.shape)} cannot lie in a file of {size:,} bytes")
@@ -120,7 +137,7 @@ def _shell(name: str) -> type:
     return type(name.rpartition(".")[2], (), {"__init__": nothing, "__module__": name.rpartition(".")[0]})
 
 
-def _sorted(found: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def split_state(found: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Tensors, and what is none, of what a torch file held: a state dict, one in a dict, or a module's shell."""
     if isinstance(found, torch.Tensor):
         return {"": found}, {}
@@ -166,9 +183,9 @@ def _plain(state: Mapping[str, Any]) -> dict[str, Any]:
 def read_labels(folder: Path, n_latents: int) -> dict[int, str] | None:
     """`{feature: label}` of the folder's `labels.json`, or `None`; raises `InputError` if it names no features."""
     file = folder / LABELS
-    if not file.is_file():
+    if not file.exists() and not file.is_symlink():
         return None
-    told = _json(file.read_bytes(), file)
+    told = read_json(file)
     if not all(name.isdecimal() and int(name) < n_latents and isinstance(told[name], str) for name in told):
         raise InputError(f"{file} must be an object {{feature: label}} of features 0 to {n_latents - 1}; mend it.")
     return {int(name): label for name, label in told.items()}
@@ -181,7 +198,7 @@ def _json(data: bytes, file: Path) -> dict[str, Any]:
         raise InputError(f"{file} cannot be read ({_first_line(error)}); fetch or save the SAE again.") from None
     if not isinstance(told, dict):
         raise InputError(f"{file} holds a {type(told).__name__}, where a config is an object; fetch the SAE again.")
-    return told
+    return without_nulls(told)
 
 
 def _first_line(error: Exception) -> str:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import inspect
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import InputError
+from ..nulls import without_nulls
 from ..saes import ARCHITECTURES, SparseAutoencoder
 
 AT_ONCE = 2**22
@@ -18,23 +21,41 @@ AT_ONCE = 2**22
 
 @dataclass(frozen=True)
 class Weights:
-    """Tensors by name (on the meta device, as long as the file is left on disk), the config, and where they lie."""
+    """Tensors by name (on the meta device, as long as the file is left on disk), the config, and where they lie.
+
+    `used` are the names of the tensors that were asked for, so that what nobody asked for can be refused. What is
+    `null` in the config is missing from it.
+    """
 
     tensors: Mapping[str, torch.Tensor]
     config: Mapping[str, Any]
     origin: str
     folder: Path | None = None
+    used: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "config", without_nulls(self.config))
 
     def has(self, *names: str) -> bool:
         return set(names) <= set(self.tensors)
 
-    def only(self, *names: str) -> bool:
-        """Whether it has these tensors, and no others but counts that are no weights."""
-        return set(names) == {name for name in self.tensors if not name.startswith("stats_")}
+    def section(self, name: str) -> Weights:
+        """The object that the config has under this name, as a config of its own; empty where it has none."""
+        told = self.config.get(name, {})
+        if not isinstance(told, Mapping):
+            raise self.refuse(f"comes with {name} = {_short(told)}, which must be an object")
+        return Weights(self.tensors, told, self.origin, self.folder, self.used)
+
+    def choice(self, name: str, known: Iterable[str], default: str, what: str | None = None) -> str:
+        """One of these words that the config tells under this name; `what` it is, if not as it is called there."""
+        told = self.config.get(name, default)
+        if not isinstance(told, str) or told not in known:
+            raise self.refuse(f"has the {what or name} {_short(told)}; known are {', '.join(known)}")
+        return told
 
     def vector(self, name: str, length: int | None = None) -> torch.Tensor:
         """A tensor `(length,)` in fp32; of any length, if none is given."""
-        tensor = self._tensor(name)
+        tensor = self.floating(name)
         if tensor.ndim != 1 or (length is not None and len(tensor) != length):
             wanted = "one dimension" if length is None else f"shape ({length},)"
             raise InputError(f"{self.origin} has a {name} of shape {tuple(tensor.shape)}; it must have {wanted}.")
@@ -42,7 +63,7 @@ class Weights:
 
     def matrix(self, name: str, n: int, d: int, transposed: bool = False) -> torch.Tensor:
         """A matrix as `(n, d)` in fp32, whichever way it lies; if n = d, the other way if `transposed`."""
-        tensor = self._tensor(name)
+        tensor = self.floating(name)
         if tuple(tensor.shape) not in ((n, d), (d, n)):
             raise InputError(
                 f"{self.origin} has a {name} of shape {tuple(tensor.shape)}; with {n} latents and width {d} it must be "
@@ -68,9 +89,11 @@ class Weights:
         }
 
     def scalar(self, name: str) -> float:
-        tensor = self._tensor(name)
+        tensor = self.tensor(name)
         if tensor.numel() != 1:
             raise InputError(f"{self.origin} has a {name} of shape {tuple(tensor.shape)}; it must be one number.")
+        if tensor.is_complex() or tensor.isnan().any():
+            raise InputError(f"{self.origin} has a {name} that is no number; fetch or train the SAE again.")
         return 0.0 if tensor.is_meta else float(tensor)
 
     def whole(self, *names: str) -> int:
@@ -80,21 +103,49 @@ class Weights:
             if value is None:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise InputError(f"{self.origin} comes with {name} = {value!r}; it must be a whole number above 0.")
+                raise InputError(
+                    f"{self.origin} comes with {name} = {_short(value)}; it must be a whole number above 0."
+                )
             return value
         raise InputError(f"{self.origin} does not say {names[0]}; pass config={{{names[0]!r}: ...}}.")
+
+    def number(self, name: str) -> float:
+        """A finite number that the config tells under this name."""
+        value = self.config.get(name)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+            raise InputError(f"{self.origin} comes with {name} = {_short(value)}; it must be a finite number.")
+        return float(value)
+
+    def whole_tensor(self, name: str) -> int:
+        """A tensor that is one whole number above 0; 1, as long as the file is left on disk."""
+        value = self.scalar(name)
+        if self.tensor(name).is_meta:
+            return 1
+        if not value.is_integer() or value < 1:
+            raise InputError(f"{self.origin} has {name} = {value:g}; it must be a whole number above 0.")
+        return int(value)
 
     def check_told(self, **told: int) -> None:
         """Raise `InputError` if the config tells other sizes than the tensors have; `None` and 0 tell none."""
         for name, size in told.items():
             value = self.config.get(name)
-            if value not in (None, 0, size):
-                raise InputError(f"{self.origin} comes with {name} = {value!r}, and its tensors have {size}.")
+            if value not in (None, 0, size) or isinstance(value, bool):
+                raise InputError(f"{self.origin} comes with {name} = {_short(value)}, and its tensors have {size}.")
 
     def refuse(self, why: str) -> InputError:
         return InputError(f"{self.origin} {why}.")
 
-    def _tensor(self, name: str) -> torch.Tensor:
+    def floating(self, name: str) -> torch.Tensor:
+        """A tensor as it is; raises `InputError` if it holds whole or complex numbers."""
+        tensor = self.tensor(name)
+        if not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise InputError(f"{self.origin} has a {name} of dtype {kind}, and weights must be floating-point numbers.")
+        return tensor
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A tensor as it is; raises `InputError` if there is none of that name."""
+        self.used.add(name)
         if name not in self.tensors:
             raise InputError(f"{self.origin} has no {name}; it has {_some(self.tensors)}.")
         return self.tensors[name]
@@ -129,11 +180,18 @@ def _described(
     n, d = shapes["W_dec"]
     for name, size in (("n_latents", n), ("d_in", d)):
         if arguments.get(name, size) != size:
-            raise InputError(f"{origin} comes with {name} = {arguments[name]!r}, and its tensors have {size}.")
+            raise InputError(f"{origin} comes with {name} = {_short(arguments[name])}, and its tensors have {size}.")
+    known = inspect.signature(ARCHITECTURES[kind].__init__).parameters
+    for name in arguments:
+        if name not in known:
+            raise InputError(
+                f"{origin} comes with {name} = {_short(arguments[name])}, which a {kind} has no use for; leave it out, "
+                "or tell what it is by config={'format': ...}."
+            )
     try:
         with torch.device("meta"):
             sae = ARCHITECTURES[kind](**{**arguments, "d_in": d, "n_latents": n})
-    except (TypeError, AttributeError, ValueError) as error:
+    except (TypeError, AttributeError, ValueError, RuntimeError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(
@@ -149,6 +207,12 @@ def _described(
                 f"{origin} has a {name} of shape {shapes[name]}; with W_dec ({n}, {d}) it must be {shape}."
             )
     return sae
+
+
+def _short(value: Any) -> str:
+    """A value of a config, cut where it is long."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _some(names: Mapping[str, Any]) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -12,11 +12,11 @@ import torch
 from diffusers import ConfigMixin, ModelMixin
 from torch import nn
 
-from ..checksums import write_checksums
 from ..errors import InputError
-from .card import FIGURES, LABELS, write_card
+from ..nulls import without_nulls
 from .normalization import NORMS, checked_norm
 from .ops import even, sampled_linear, sparse_decode
+from .saving import save, upload
 
 if TYPE_CHECKING:
     from .statistics import LatentStatistics
@@ -25,6 +25,7 @@ ARCHITECTURES: dict[str, type[SparseAutoencoder]] = {}
 """Every architecture by the name of its class, which is what a saved config calls it."""
 
 ALL = slice(None)
+HUB = ("repo_id", "token", "private", "commit_message", "create_pr")
 
 Architecture = TypeVar("Architecture", bound="type[SparseAutoencoder]")
 
@@ -132,7 +133,8 @@ class SparseAutoencoder(ModelMixin, ConfigMixin):
 
     @property
     def provenance(self) -> dict[str, Any]:
-        return dict(self.config.get("provenance") or {})
+        """What is known of where the activations came from; what is null is not known."""
+        return without_nulls(self.config.get("provenance") or {})
 
     def checked_feature(self, feature: Any) -> int:
         """`feature` as an int; raises `InputError` if it is none of this SAE's."""
@@ -200,35 +202,38 @@ class SparseAutoencoder(ModelMixin, ConfigMixin):
         figures: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Write config, safetensors, statistics, labels, a card and checksums; or upload the folder, too.
+        """Write config, safetensors, statistics, labels, a card and checksums; or upload them, too.
+
+        Of another SAE that lies in the folder nothing is left: weights, statistics, labels, figures and card are
+        replaced or deleted. Of the same SAE (saved again, as a variant or in shards), what is not given now is kept.
+        A card that a person wrote or edited is kept as long as the SAE is the same; else it is renamed
+        `README.old.md`, and a picture that it shows `picture.old.png`. Other files are left alone and never uploaded.
 
         Args:
             save_directory: the folder; one that is named by its site is found by `load_sae(..., subfolder=site)`. A
-                `picture.png` in it is shown on the card; a card that is there already is kept.
-            push_to_hub: upload the folder as it is, by `repo_id`, `token`, `private` and `commit_message`.
+                `picture.png` in it is shown on the card.
+            push_to_hub: upload these files, by `repo_id`, `token`, `private`, `commit_message` and `create_pr`.
             figures: of rows held out, for the card.
-            kwargs: as of diffusers' models.
+            kwargs: as of diffusers' models (`variant`, `max_shard_size`).
+
+        Raises:
+            InputError: labels or statistics are not of this SAE, or the folder is a file. Nothing is written.
         """
-        hub = {key: kwargs.pop(key, None) for key in ("repo_id", "token", "private", "commit_message")}
-        super().save_pretrained(save_directory, **kwargs)
-        self._write_companions(Path(save_directory), figures)
+        hub = {key: kwargs.pop(key, None) for key in HUB}
+        if not kwargs.get("is_main_process", True):
+            return  # of several processes, one writes
+        self.fetch()
+        folder = Path(save_directory)
+        write = super().save_pretrained
+        names = save(self, folder, lambda fresh: write(fresh, **kwargs), figures)
         if push_to_hub:
-            from huggingface_hub import HfApi
+            upload(folder, names, f"Upload {type(self).__name__}", hub)
 
-            api = HfApi(token=hub["token"])
-            repo = api.create_repo(hub["repo_id"] or Path(save_directory).name, private=hub["private"], exist_ok=True)
-            message = hub["commit_message"] or f"Upload {type(self).__name__}"
-            api.upload_folder(repo_id=repo.repo_id, folder_path=save_directory, commit_message=message)
-
-    def _write_companions(self, folder: Path, figures: Mapping[str, Any] | None) -> None:
-        """What lies beside the weights."""
-        if self.statistics is not None:
-            self.statistics.save(folder)
-        if figures is not None:
-            (folder / FIGURES).write_text(json.dumps(figures, indent=1) + "\n")
-        if self.labels:
-            told = {str(self.checked_feature(feature)): label for feature, label in self.labels.items()}
-            (folder / LABELS).write_text(json.dumps(told, indent=1) + "\n")
-        arguments = {name: value for name, value in self.config.items() if name[:1] != "_" and name != "provenance"}
-        write_card(folder, type(self).__name__, arguments, self.provenance, self.statistics is not None)
-        write_checksums(folder)
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """Save into a temporary folder and upload that; takes what `save_pretrained` takes. Returns the repository."""
+        hub = {"repo_id": repo_id, **{key: kwargs.pop(key, None) for key in HUB[1:]}}
+        with TemporaryDirectory() as folder:
+            write, figures = super().save_pretrained, kwargs.pop("figures", None)
+            self.fetch()
+            names = save(self, Path(folder), lambda fresh: write(fresh, **kwargs), figures)
+            return upload(Path(folder), names, f"Upload {type(self).__name__}", hub)

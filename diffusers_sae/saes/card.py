@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCardData
 
+CARD = "README.md"
 FIGURES = "held_out.json"
 LABELS = "labels.json"
 PICTURE = "picture.png"
@@ -16,33 +18,68 @@ TOLD_APART = ("site", "base_model", "note", "license")
 """Parts of the provenance that stand outside of the table."""
 
 
-def write_card(
-    folder: Path, kind: str, arguments: Mapping[str, Any], provenance: Mapping[str, Any], statistics: bool
-) -> None:
-    """Write `README.md` for an SAE saved in `folder`, unless there is one; people may have edited it."""
-    file = folder / "README.md"
-    if file.exists():
-        return
+MARK = "<!-- Written by diffusers_sae. Once it is edited, saving the same SAE again keeps it. sha256 {} -->\n"
+
+
+def card_of(
+    kind: str,
+    arguments: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+    statistics: bool,
+    figures: Mapping[str, Any],
+    labels: Mapping[str, str],
+    *,
+    picture: bool,
+) -> str:
+    """The text of a saved SAE's `README.md`; its last line tells whether it was edited (`is_generated`)."""
     site = provenance.get("site") or {}
     path = site.get("path") if isinstance(site, Mapping) else site
-    picture = (folder / PICTURE).is_file()
+    base_model = provenance.get("base_model")
     data = ModelCardData(
         library_name="diffusers_sae",
-        base_model=provenance.get("base_model"),
+        base_model=base_model if is_repository(base_model) else None,
         license=provenance.get("license"),
         tags=["sparse-autoencoder", "diffusers", kind],
         widget=[{"text": "steered", "output": {"url": PICTURE}}] if picture else None,
     )
     lines = [f"# {kind} of {path or 'an activation'}", ""]
-    lines += _table("", {**_of_site(site), "base model": provenance.get("base_model"), **arguments})
+    lines += _table("", {**_of_site(site), "base model": base_model, **arguments})
     lines += [str(provenance["note"]) + ".", ""] if provenance.get("note") else []
     captured = {k.replace("_", " "): v for k, v in provenance.items() if k not in TOLD_APART and _is_plain(v)}
     lines += _table("## Where the activations came from", captured)
-    lines += _table("## Figures on activations held out", _figures(folder))
-    lines += _labels(folder)
+    lines += _table("## Figures on activations held out", _numbers(figures))
+    lines += _some_labels(labels)
     lines += [f"![]({PICTURE})", ""] if picture else []
-    lines += _snippet(path, provenance.get("base_model"), statistics)
-    ModelCard(f"---\n{data}\n---\n\n" + "\n".join(lines)).save(file)
+    lines += _snippet(path, base_model, statistics)
+    text = f"---\n{data}\n---\n\n" + "\n".join(lines) + "\n"
+    return text + MARK.format(_digest(text))
+
+
+def is_generated(text: str) -> bool:
+    """Whether a card is as `card_of` wrote it."""
+    body, _, last = text.rstrip("\n").rpartition("\n")
+    return last + "\n" == MARK.format(_digest(body + "\n"))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def is_local(name: Any) -> bool:
+    """Whether a model's name is a path on this machine."""
+    if not isinstance(name, str):
+        return False
+    return name.startswith((".", "~")) or "\\" in name or name.count("/") > 1 or Path(name).exists()
+
+
+def name_of(path: str) -> str:
+    """The last part of a path, of whatever system."""
+    return re.split(r"[\\/]", str(Path(path).expanduser()).rstrip("\\/"))[-1]
+
+
+def is_repository(name: Any) -> bool:
+    """Whether a model's name is that of a repository, `owner/name`, and no path on this machine."""
+    return isinstance(name, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not is_local(name)
 
 
 def _of_site(site: Any) -> dict[str, Any]:
@@ -59,19 +96,18 @@ def _table(title: str, rows: Mapping[str, Any]) -> list[str]:
 
 
 def _shown(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    """A value without what lies before the name of a local file."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return name_of(value) if is_local(value) else str(value)
 
 
-def _figures(folder: Path) -> dict[str, Any]:
-    file = folder / FIGURES
-    figures = json.loads(file.read_text()) if file.is_file() else {}
+def _numbers(figures: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in figures.items() if isinstance(value, (int, float))}
 
 
-def _labels(folder: Path) -> Iterator[str]:
-    file = folder / LABELS
-    if file.is_file():
-        labels = json.loads(file.read_text())
+def _some_labels(labels: Mapping[str, str]) -> Iterator[str]:
+    if labels:
         some = ", ".join(f"{feature} {label}" for feature, label in list(labels.items())[:12])
         yield from (f"Labels of {len(labels)} features, such as: {some}.", "")
 
@@ -85,7 +121,7 @@ def _snippet(path: str | None, base_model: str | None, statistics: bool) -> list
         "```python",
         "from diffusers_sae import SAESteeringPipeline",
         "",
-        f'pipe = SAESteeringPipeline.from_pretrained("{base_model or "..."}")',
+        f'pipe = SAESteeringPipeline.from_pretrained("{base_model if is_repository(base_model) else "..."}")',
         f'pipe.load_sae("THIS REPOSITORY OR FOLDER"{site})',
         f"pipe.steer({unit})",
         'image = pipe("a prompt").images[0]',

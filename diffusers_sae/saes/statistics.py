@@ -52,6 +52,19 @@ class LatentStatistics:
         """`(n,)`: latents that fired at no timestep."""
         return self.rate.amax(0) == 0
 
+    def check(self, n_latents: int, whose: str) -> None:
+        """Raise `InputError` unless these are statistics of an SAE of so many latents; `whose` begins the sentence."""
+        steps = self.timesteps.numel()
+        for name in ("timesteps", "mean", "max", "rate"):
+            shape = tuple(getattr(self, name).shape)
+            if not steps or shape != ((steps,) if name == "timesteps" else (steps, n_latents)):
+                raise InputError(
+                    f"{whose} have a {name} of shape {shape}; an SAE of {n_latents} latents has statistics of shape "
+                    f"(timesteps, {n_latents}), so measure them on this SAE again."
+                )
+        if not self.timesteps.isfinite().all():
+            raise InputError(f"{whose} have timesteps that are not finite; measure them on this SAE again.")
+
     def save(self, folder: Path) -> None:
         """Write `statistics.safetensors` into an SAE's folder."""
         save_file({f.name: getattr(self, f.name).float().contiguous() for f in fields(self)}, folder / FILE)
@@ -63,7 +76,7 @@ class LatentStatistics:
             return None
         try:
             return cls(**load_file(folder / FILE))
-        except (SafetensorError, TypeError) as error:
+        except (SafetensorError, TypeError, OSError, ValueError) as error:
             raise InputError(f"{folder / FILE} cannot be read ({error}); fetch or save the SAE again.") from None
 
 

@@ -7,7 +7,6 @@ site; nothing is dumped, and all sites are trained in one pass. A stopped run go
 from __future__ import annotations
 
 import argparse
-import json
 import random
 from collections.abc import Mapping
 from dataclasses import replace
@@ -25,7 +24,7 @@ from diffusers_sae.demo.world import CONCEPT_VALUES, CONCEPTS, leave_out, sample
 from diffusers_sae.features.concepts import ConceptScores, concept_activity
 from diffusers_sae.features.detectors import ConceptDetectors, concept_detectors
 from diffusers_sae.features.effects import concept_effect
-from diffusers_sae.saes import SparseAutoencoder, StatisticsAccumulator
+from diffusers_sae.saes import LatentStatistics, SparseAutoencoder
 from diffusers_sae.training import StreamingConfig, train_on_stream
 
 CONCEPT_SEED, EFFECT_SEED, DETECTOR_SEED, REFINING_SEED = 20_000_000, 30_000_000, 70_000_000, 15_000_000
@@ -116,19 +115,23 @@ def main() -> None:
     towards = effects(pipe, saes, args.effect_images)
     detectors = detectors_of(pipe, saes, args.detector_prompts, args.batch)
     for site, sae in saes.items():
-        detectors[site].save(args.world / "saes" / site)
         scores[site].effect = towards[site]
-        save(sae, statistics[site], scores[site], figures[site], args.world / "saes" / site)
+        save(sae, statistics[site].finish(), scores[site], detectors[site], figures[site], args.world / "saes" / site)
 
 
 def save(
-    sae: SparseAutoencoder, statistics: StatisticsAccumulator, scores: ConceptScores, figures: dict, folder: Path
+    sae: SparseAutoencoder,
+    statistics: LatentStatistics,
+    scores: ConceptScores,
+    detectors: ConceptDetectors,
+    figures: dict,
+    folder: Path,
 ) -> None:
     """Everything about one SAE, with checksums."""
-    sae.save_pretrained(folder)
-    statistics.finish().save(folder)
+    sae.statistics = statistics
+    sae.save_pretrained(folder, figures=figures)
     scores.save(folder)
-    (folder / "held_out.json").write_text(json.dumps(figures, indent=1) + "\n")
+    detectors.save(folder)
     write_checksums(folder)
     print(folder, {k: v for k, v in figures.items() if k != "fvu_by_timestep"})
 

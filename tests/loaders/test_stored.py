@@ -17,7 +17,8 @@ def test_rows_are_those_of_the_file(tmp_path, dtype):
     matrix = torch.randn(7, 5).to(dtype)
     save_file({"first": torch.arange(3), "m": matrix, "last": torch.randn(2)}, file, metadata={"format": "pt"})
     stored = stored_tensors(file)
-    assert set(stored) == {"m", "last"} and stored["m"].shape == (7, 5) and stored["m"].dtype == dtype
+    assert set(stored) == {"first", "m", "last"} and stored["first"].dtype == torch.int64
+    assert stored["m"].shape == (7, 5) and stored["m"].dtype == dtype
     for rows in ([0], [6, 2, 2], list(range(7))):
         assert torch.equal(stored["m"].rows(rows), load_file(file)["m"][rows])
 

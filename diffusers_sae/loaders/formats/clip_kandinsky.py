@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from ...saes import SparseAutoencoder
 from ..weights import Weights, build, without_shift
-from .base import Format
+from .base import Format, Signature
+
+NAMES = ("encoder.weight", "enc_bias", "decoder.weight", "dec_bias")
 
 
-def _recognizes(weights: Weights) -> bool:
-    return weights.only("encoder.weight", "enc_bias", "decoder.weight", "dec_bias")
-
-
-def _read(weights: Weights) -> SparseAutoencoder:
-    tensors = weights.parts("encoder.weight", "enc_bias", "decoder.weight", "dec_bias", turned="W_dec")
+def _convert(weights: Weights) -> SparseAutoencoder:
+    tensors = weights.parts(*NAMES, turned="W_dec")
     tensors["b_enc"] = without_shift(tensors["W_enc"], tensors["b_enc"], tensors["b_dec"])
     return build("ReLUSAE", {}, tensors, weights.origin)
 
 
-FORMAT = Format("clip_kandinsky", "Daujotas (clip-sae-128)", "`ReLU(W_enc x + enc_bias)`", _recognizes, _read)
+FORMAT = Format(
+    "clip_kandinsky", "Daujotas (clip-sae-128)", "`ReLU(W_enc x + enc_bias)`", (Signature(NAMES),), _convert
+)

@@ -2,42 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import Any
 
 import torch
 
 from ...saes import SparseAutoencoder
 from ..weights import Weights, build, without_shift
-from .base import TRANSFORMER_LENS, Format
+from .base import TRANSFORMER_LENS, Format, Signature
 
 LINEAR = ("encoder.weight", "encoder.bias", "decoder.weight")
 GATED = ("decoder_bias", "encoder.weight", "r_mag", "gate_bias", "mag_bias", "decoder.weight")
+MATRYOSHKA = (*TRANSFORMER_LENS, "threshold", "k", "group_sizes")
+BY_TENSORS = {
+    "AutoEncoderNew": (*LINEAR, "decoder.bias"),
+    "GatedAutoEncoder": GATED,
+    "MatryoshkaBatchTopKSAE": MATRYOSHKA,
+    "JumpReluAutoEncoder": (*TRANSFORMER_LENS, "threshold"),
+}
+"""Classes that nobody else has the tensors of; the others have to be named by `dict_class`."""
 
 
-def _class(weights: Weights) -> str | None:
-    """The class that the tensors show, or the config tells."""
-    trainer = weights.config.get("trainer")
-    told = trainer.get("dict_class") if isinstance(trainer, Mapping) else None
-    told = told or weights.config.get("dict_class")
-    if weights.only(*LINEAR, "bias"):
-        return told
-    if weights.only(*LINEAR, "decoder.bias"):
-        return "AutoEncoderNew"
-    if weights.only(*GATED):
-        return "GatedAutoEncoder"
-    if weights.only(*TRANSFORMER_LENS, "threshold", "k", "group_sizes"):
-        return "MatryoshkaBatchTopKSAE"
-    if weights.only(*TRANSFORMER_LENS, "threshold") and not {"d_sae", "_class_name", "schema"} & set(weights.config):
-        turned = weights.tensors["W_enc"].shape[-1:] == weights.tensors["b_enc"].shape
-        return told or ("JumpReluAutoEncoder" if turned else None)
-    if weights.only(*LINEAR, "b_dec", "k", "threshold") or weights.only(*LINEAR, "b_dec", "k"):
-        return told or "AutoEncoderTopK or BatchTopKSAE"
-    return None
+def _told_class(weights: Weights) -> Any:
+    """The class that the config names."""
+    return weights.section("trainer").config.get("dict_class", weights.config.get("dict_class"))
 
 
-def _read(weights: Weights) -> SparseAutoencoder:
-    name = _class(weights)
-    readers = {
+def _fits(weights: Weights) -> bool:
+    """ReLU SAEs have the tensors of RE-N-Y, and JumpReLU SAEs those of ours, but for how their encoder lies."""
+    told = {"trainer", "dict_class"} & set(weights.config)
+    if weights.has("threshold", "W_enc", "b_enc") and not weights.has("k"):
+        lies = weights.tensors["W_enc"].shape[-1:] == weights.tensors["b_enc"].shape
+        return bool(told) or (lies and "_class_name" not in weights.config)
+    return bool(told) or not weights.has("bias")
+
+
+def _convert(weights: Weights) -> SparseAutoencoder:
+    named = _told_class(weights)
+    shown = [name for name, tensors in BY_TENSORS.items() if set(tensors) == set(weights.tensors)]
+    name = shown[0] if named is None and shown else named
+    converters = {
         "AutoEncoder": _relu,
         "AutoEncoderNew": _relu,
         "GatedAutoEncoder": _gated,
@@ -46,12 +49,12 @@ def _read(weights: Weights) -> SparseAutoencoder:
         "AutoEncoderTopK": _topk,
         "BatchTopKSAE": _batch_topk,
     }
-    if name in readers:
-        return readers[name](weights)
+    if isinstance(name, str) and name in converters:
+        return converters[name](weights)
     raise weights.refuse(
-        f"does not tell its class; pass config={{'dict_class': ...}}, one of {', '.join(readers)}"
-        if name is None or " or " in name
-        else f"is a {name}, which is not known; known are {', '.join(readers)}"
+        f"does not tell its class; pass config={{'dict_class': ...}}, one of {', '.join(converters)}"
+        if name is None
+        else f"is a {name}, which is not known; known are {', '.join(converters)}"
     )
 
 
@@ -89,39 +92,48 @@ def _jump_relu(weights: Weights) -> SparseAutoencoder:
 
 
 def _topk(weights: Weights) -> SparseAutoencoder:
+    """It has a threshold for another way of inference, which is not the class's own."""
     found = weights.parts(*LINEAR, "b_dec", turned="W_dec")
-    return build("TopKSAE", {"k": _k(weights)}, found, weights.origin)
+    return build("TopKSAE", {"k": weights.whole_tensor("k")}, found, weights.origin)
 
 
 def _batch_topk(weights: Weights) -> SparseAutoencoder:
     found = weights.parts(*LINEAR, "b_dec", turned="W_dec")
-    return build("BatchTopKSAE", {"k": _k(weights)}, found | _threshold(weights), weights.origin)
+    return build("BatchTopKSAE", {"k": weights.whole_tensor("k")}, found | _threshold(weights), weights.origin)
 
 
 def _matryoshka(weights: Weights) -> SparseAutoencoder:
-    sizes = weights.tensors["group_sizes"]
-    prefixes = None if sizes.is_meta else sizes.cumsum(0).tolist()
     found = weights.parts(*TRANSFORMER_LENS, turned="W_enc") | _threshold(weights)
-    return build("MatryoshkaSAE", {"k": _k(weights), "prefixes": prefixes}, found, weights.origin)
+    arguments = {"k": weights.whole_tensor("k"), "prefixes": _prefixes(weights)}
+    return build("MatryoshkaSAE", arguments, found, weights.origin)
+
+
+def _prefixes(weights: Weights) -> list[int] | None:
+    sizes = weights.tensor("group_sizes")
+    if sizes.is_floating_point() or sizes.is_complex() or sizes.ndim != 1:
+        raise weights.refuse("has group_sizes that are no list of whole numbers; fetch the SAE again")
+    return None if sizes.is_meta else sizes.cumsum(0).tolist()
 
 
 def _threshold(weights: Weights) -> dict[str, torch.Tensor]:
-    value = float(weights.config.get("threshold", weights.scalar("threshold")))
+    stored = weights.scalar("threshold")
+    value = weights.number("threshold") if "threshold" in weights.config else stored
     if value < 0:
         raise weights.refuse(
             f"has the threshold {value:g}, which says that it was never set; pass config={{'threshold': ...}}"
         )
-    return {"threshold": weights.tensors["threshold"].new_full((), value)}
-
-
-def _k(weights: Weights) -> int:
-    return max(1, int(weights.scalar("k")))
+    return {"threshold": torch.full_like(weights.tensor("threshold"), value, dtype=torch.float32).reshape(())}
 
 
 FORMAT = Format(
     "dictionary_learning",
     "dictionary_learning",
     "ReLU, gated, JumpReLU (`b_dec` not subtracted), per-row TopK, BatchTopK and Matryoshka by their threshold",
-    lambda weights: _class(weights) is not None,
-    _read,
+    (
+        Signature((*LINEAR, "bias")),
+        Signature((*LINEAR, "b_dec", "k"), buffers=("threshold",)),
+        *(Signature(names) for names in BY_TENSORS.values()),
+    ),
+    _convert,
+    fits=_fits,
 )

@@ -10,31 +10,19 @@ import torch
 
 from ...saes import SparseAutoencoder
 from ..weights import Weights, build
-from .base import Format
+from .base import Format, Signature
 
 ENCODER = "encoder.final_block.0.weight"
 DICTIONARY = "dictionary._weights"
-KNOWN = {ENCODER, "encoder.final_block.0.bias", DICTIONARY, "dictionary.multiplier", "thresholds"}
 
 
-def _recognizes(weights: Weights) -> bool:
-    return weights.has(ENCODER, DICTIONARY)
-
-
-def _read(weights: Weights) -> SparseAutoencoder:
-    other = set(weights.tensors) - KNOWN
-    if other:
-        raise weights.refuse(
-            f"has {', '.join(sorted(other))}, and only linear encoders with a plain dictionary are known"
-        )
+def _convert(weights: Weights) -> SparseAutoencoder:
     b_enc = weights.vector("encoder.final_block.0.bias")
     n = len(b_enc)
-    d = weights.tensors[DICTIONARY].numel() // n if n else 0
+    d = weights.floating(DICTIONARY).numel() // n if n else 0
     directions = weights.matrix(DICTIONARY, n, d)
-    if weights.config.get("normalization", "l2") == "l2":
+    if weights.choice("normalization", ("l2", "identity"), "l2") == "l2":
         directions = directions / (directions.norm(dim=1, keepdim=True) + 1e-8)
-    elif weights.config["normalization"] != "identity":
-        raise weights.refuse(f"has the normalization {weights.config['normalization']!r}; known are l2 and identity")
     multiplier = weights.scalar("dictionary.multiplier") if weights.has("dictionary.multiplier") else 0.0
     tensors = {
         "W_enc": weights.matrix(ENCODER, n, d),
@@ -46,7 +34,7 @@ def _read(weights: Weights) -> SparseAutoencoder:
         reached = weights.vector("thresholds", n).exp()
         return build("JumpReLUSAE", {}, {**tensors, "threshold": _just_below(reached)}, weights.origin)
     if "threshold" in weights.config:
-        reached = torch.tensor(float(weights.config["threshold"])).expand(n)
+        reached = torch.tensor(weights.number("threshold")).expand(n)
         return build("JumpReLUSAE", {}, {**tensors, "threshold": _just_below(reached)}, weights.origin)
     return build("TopKSAE", {"k": weights.whole("top_k", "k")}, tensors, weights.origin)
 
@@ -61,6 +49,6 @@ FORMAT = Format(
     "overcomplete",
     "overcomplete, jrsh44 (state dicts)",
     "k largest of `ReLU(W_enc x + b_enc)`, or those at or above a threshold",
-    _recognizes,
-    _read,
+    (Signature((ENCODER, "encoder.final_block.0.bias", DICTIONARY), optional=("dictionary.multiplier", "thresholds")),),
+    _convert,
 )

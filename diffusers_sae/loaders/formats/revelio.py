@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from ...saes import SparseAutoencoder
 from ..weights import Weights, build
-from .base import TRANSFORMER_LENS, Format
+from .base import TRANSFORMER_LENS, Format, Signature
 
 
-def _read(weights: Weights) -> SparseAutoencoder:
+def _convert(weights: Weights) -> SparseAutoencoder:
     return build(
         "TopKSAE",
         {"k": weights.whole("k"), "relu": False},
@@ -23,6 +23,7 @@ FORMAT = Format(
     "revelio",
     "Revelio (named by `format`)",
     "k largest of `W_enc (x - b_dec) + b_enc`, without ReLU",
-    lambda weights: False,
-    _read,
+    (Signature(TRANSFORMER_LENS),),
+    _convert,
+    must_be_named=True,
 )

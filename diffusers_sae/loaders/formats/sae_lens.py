@@ -21,63 +21,63 @@ from ...saes import (
     TopKSAE,
 )  # fmt: skip
 from ..weights import Weights, build, without_shift
-from .base import TRANSFORMER_LENS, Format
+from .base import TRANSFORMER_LENS, TRANSFORMER_LENS_GATED, Format, Signature
 
 NORMS = {"none": None, "layer_norm": "layer_norm", "constant_norm_rescale": "constant_norm"}
 ARCHITECTURE: dict[type, str] = {ReLUSAE: "standard", TopKSAE: "topk", JumpReLUSAE: "jumprelu", GatedSAE: "gated"}
+KINDS = {name: kind.__name__ for kind, name in ARCHITECTURE.items()}
 OURS = "diffusers_sae"
 """Under `metadata`: the class and the arguments of an SAE of ours that was written in this layout."""
 
 
-def _recognizes(weights: Weights) -> bool:
-    return (
-        weights.has("W_enc", "W_dec", "b_dec")
-        and bool({"d_sae", "sae_lens_version"} & set(weights.config))
-        and ("schema" not in weights.config)
-    )
+SCALE = "scaling_factor"
+"""What finetuning multiplied the codes by, in old files."""
+EXTRA = {"gated": ("r_mag", "b_mag"), "jumprelu": ("threshold",)}
 
 
-def _read(weights: Weights) -> SparseAutoencoder:
-    config = weights.config
-    architecture = _architecture(config)
+def _convert(weights: Weights) -> SparseAutoencoder:
+    architecture = _architecture(weights)
     biased = "b_gate" if architecture == "gated" else "b_enc"
-    tensors = dict(weights.tensors) | {"b_enc": weights.vector(biased)}
-    found = Weights(tensors, config, weights.origin).parts(*TRANSFORMER_LENS, turned="W_enc")
+    found = weights.parts("W_enc", biased, "W_dec", "b_dec", turned="W_enc")
     n, d = found["W_dec"].shape
     weights.check_told(d_sae=n, d_in=d)
-    if weights.has("scaling_factor") and config.get("finetuning_scaling_factor"):
-        found["W_dec"] = found["W_dec"] * weights.vector("scaling_factor", n)[:, None]
-    extra = {"gated": ("r_mag", "b_mag"), "jumprelu": ("threshold",)}.get(architecture, ())
-    found |= {name: weights.vector(name, n) for name in extra}
+    found["W_dec"] = found["W_dec"] * _scale(weights, n)
+    found |= {name: weights.vector(name, n) for name in EXTRA.get(architecture, ())}
     _undo_conventions(weights, found, ["b_enc", *(["b_mag"] if "b_mag" in found else [])])
-    told = (config.get("metadata") or {}).get(OURS)
-    if isinstance(told, Mapping) and told.get("_class_name") in ARCHITECTURES:
+    told = weights.section("metadata").section(OURS).config
+    if told.get("_class_name") in ARCHITECTURES:
         return _of_ours(told, found, weights.origin)
     arguments: dict[str, Any] = {"input_norm": _norm(weights)}
     if architecture == "topk":
-        arguments["k"] = weights.whole("k") if "k" in config else _legacy_k(weights)
+        arguments["k"] = weights.whole("k") if "k" in weights.config else _legacy_k(weights)
     if architecture == "jumprelu":
         found["threshold"] = found["threshold"].clamp(min=0)  # a ReLU stands before it
-    kinds = {name: kind.__name__ for kind, name in ARCHITECTURE.items()}
-    if architecture not in kinds:
-        raise weights.refuse(f"has the architecture {architecture!r}; known are {', '.join(kinds)}")
-    return build(kinds[architecture], arguments, found, weights.origin)
+    return build(KINDS[architecture], arguments, found, weights.origin)
 
 
-def _architecture(config: Mapping[str, Any]) -> str:
-    function = config.get("activation_fn_str", config.get("activation_fn"))
-    return "topk" if function == "topk" else str(config.get("architecture", "standard"))
+def _architecture(weights: Weights) -> str:
+    function = weights.config.get("activation_fn_str", weights.config.get("activation_fn"))
+    return "topk" if function == "topk" else weights.choice("architecture", KINDS, "standard")
+
+
+def _scale(weights: Weights, n: int) -> torch.Tensor | float:
+    if not weights.has(SCALE):
+        return 1.0
+    scale = weights.vector(SCALE, n)[:, None]
+    if not weights.config.get("finetuning_scaling_factor") and not scale.is_meta and (scale != 1).any():
+        raise weights.refuse(f"has a {SCALE} other than 1, and finetuning_scaling_factor does not say that it counts")
+    return scale
 
 
 def _legacy_k(weights: Weights) -> int:
-    return Weights({}, weights.config.get("activation_fn_kwargs") or {}, weights.origin).whole("k")
+    return weights.section("activation_fn_kwargs").whole("k")
 
 
 def _norm(weights: Weights) -> str | None:
-    told = weights.config.get("normalize_activations") or "none"
+    told = weights.config.get("normalize_activations", "none")
     if told == "expected_average_only_in":
         return None  # SAELens runs such an SAE on the rows as they are, unless a factor was given
-    if told not in NORMS:
+    if not isinstance(told, str) or told not in NORMS:
         raise weights.refuse(
             f"has normalize_activations = {told!r}, for which its files lack what is needed; known are "
             f"{', '.join(NORMS)}"
@@ -157,7 +157,13 @@ FORMAT = Format(
     "SAELens",
     "standard, gated, TopK, JumpReLU (BatchTopK too), as `apply_b_dec_to_input`, `normalize_activations` and "
     "`rescale_acts_by_decoder_norm` say",
-    _recognizes,
-    _read,
+    (
+        Signature(TRANSFORMER_LENS, optional=(SCALE,)),
+        Signature((*TRANSFORMER_LENS, "threshold"), optional=(SCALE,)),
+        Signature(TRANSFORMER_LENS_GATED, optional=(SCALE,)),
+    ),
+    _convert,
+    marks=("d_sae", "sae_lens_version"),
+    bars=("schema",),
     write=_write,
 )

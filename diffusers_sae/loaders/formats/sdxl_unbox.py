@@ -10,16 +10,15 @@ import torch
 from ...saes import LatentStatistics, SparseAutoencoder
 from ..reading import read_file
 from ..weights import Weights, build, without_shift
-from .base import Format
+from .base import Format, Signature
+
+NAMES = ("encoder.weight", "latent_bias", "decoder.weight", "pre_bias")
+SILENT = "stats_last_nonzero"
+"""A buffer: the steps since a latent fired."""
 
 
-def _recognizes(weights: Weights) -> bool:
-    openai = {"activation", "activation_state_dict"} & set(weights.config)
-    return weights.only("encoder.weight", "decoder.weight", "pre_bias", "latent_bias") and not openai
-
-
-def _read(weights: Weights) -> SparseAutoencoder:
-    tensors = weights.parts("encoder.weight", "latent_bias", "decoder.weight", "pre_bias", turned="W_dec")
+def _convert(weights: Weights) -> SparseAutoencoder:
+    tensors = weights.parts(*NAMES, turned="W_dec")
     n, d = tensors["W_enc"].shape
     weights.check_told(n_dirs_local=n, d_model=d)
     if "auxk_coef" in weights.config:
@@ -44,7 +43,7 @@ def _statistics(weights: Weights, n: int) -> LatentStatistics | None:
         return None
     mean = Weights(read_file(file)[0], {}, str(file)).vector("", n)
     rate = torch.ones(n)
-    silent, bound = weights.tensors.get("stats_last_nonzero"), weights.config.get("dead_steps_threshold")
+    silent, bound = weights.tensors.get(SILENT), weights.config.get("dead_steps_threshold")
     if silent is not None and silent.shape == (n,) and isinstance(bound, (int, float)):
         rate[silent > bound] = 0.0
     unknown = torch.full((1, n), torch.nan)
@@ -56,6 +55,7 @@ FORMAT = Format(
     "sdxl-unbox and its FLUX branch, Interpret-then-Deactivate, Concept Steerers (whose reconstructions are shifted by "
     "the bias, which is put right)",
     "k largest of `W_enc (x - pre_bias) + latent_bias`, ReLU",
-    _recognizes,
-    _read,
+    (Signature(NAMES, buffers=(SILENT,)),),
+    _convert,
+    bars=("activation", "activation_state_dict"),
 )

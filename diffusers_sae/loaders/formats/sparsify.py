@@ -10,23 +10,18 @@ from safetensors.torch import save_file
 from ...errors import InputError
 from ...saes import SparseAutoencoder, TopKSAE
 from ..weights import Weights, build
-from .base import Format
+from .base import Format, Signature
 
 NAMES = ("encoder.weight", "encoder.bias", "W_dec", "b_dec")
 
 
-def _recognizes(weights: Weights) -> bool:
-    return weights.only(*NAMES) or weights.only(*NAMES, "W_skip")
-
-
-def _read(weights: Weights) -> SparseAutoencoder:
+def _convert(weights: Weights) -> SparseAutoencoder:
     config = weights.config
     if config.get("transcode") or config.get("skip_connection") or weights.has("W_skip"):
         raise weights.refuse(
             "is a transcoder, which gives a module's output from its input and cannot steer one tensor"
         )
-    if config.get("activation", "topk") != "topk":
-        raise weights.refuse(f"has the activation {config['activation']!r}, and only topk is known")
+    weights.choice("activation", ("topk",), "topk")
     tensors = weights.parts(*NAMES)
     n, d = tensors["W_enc"].shape
     weights.check_told(num_latents=n, d_in=d)
@@ -61,8 +56,8 @@ FORMAT = Format(
     "sparsify",
     "sparsify, SAeUron, SAEmnesia",
     "k largest of `ReLU(W_enc (x - b_dec) + b_enc)` of each row, also where BatchTopK was trained",
-    _recognizes,
-    _read,
+    (Signature(NAMES, optional=("W_skip",)),),
+    _convert,
     rows="W_dec",
     write=_write,
 )

@@ -6,15 +6,11 @@ import torch
 
 from ...saes import SparseAutoencoder
 from ..weights import Weights, build
-from .base import Format
+from .base import Format, Signature
 
 
-def _recognizes(weights: Weights) -> bool:
-    return weights.only("encoder.weight")
-
-
-def _read(weights: Weights) -> SparseAutoencoder:
-    tensor = weights.tensors["encoder.weight"]
+def _convert(weights: Weights) -> SparseAutoencoder:
+    tensor = weights.floating("encoder.weight")
     if tensor.ndim != 2 or 0 in tensor.shape:
         raise weights.refuse(f"has an encoder.weight of shape {tuple(tensor.shape)}; it must be (latents, width)")
     n, d = tensor.shape
@@ -23,4 +19,11 @@ def _read(weights: Weights) -> SparseAutoencoder:
     return build("ReLUSAE", {"tied": True}, tensors, weights.origin)
 
 
-FORMAT = Format("stylegan", "Prasanna (StyleGAN)", "`ReLU(W x)`, tied", _recognizes, _read, rows="encoder.weight")
+FORMAT = Format(
+    "stylegan",
+    "Prasanna (StyleGAN)",
+    "`ReLU(W x)`, tied",
+    (Signature(("encoder.weight",)),),
+    _convert,
+    rows="encoder.weight",
+)

@@ -4,41 +4,27 @@ from __future__ import annotations
 
 from ...saes import SparseAutoencoder
 from ..weights import Weights, build
-from .base import TRANSFORMER_LENS, Format
+from .base import TRANSFORMER_LENS, TRANSFORMER_LENS_GATED, Format, Signature
 
-NORMS = {None: None, "none": None, "layer_norm": "layer_norm", "constant_norm_rescale": "constant_norm"}
-OWN_FIELDS = {"hook_point_layer", "layer_subtype", "hook_point", "vit_model_cfg"}
-
-
-def _recognizes(weights: Weights) -> bool:
-    return weights.has("W_enc", "W_dec", "b_dec") and bool(OWN_FIELDS & set(weights.config))
+NORMS = {"none": None, "layer_norm": "layer_norm", "constant_norm_rescale": "constant_norm"}
+OWN_FIELDS = ("hook_point_layer", "layer_subtype", "hook_point", "vit_model_cfg")
 
 
-def _read(weights: Weights) -> SparseAutoencoder:
-    config = weights.config
-    norm = config.get("normalize_activations", "none")
-    if norm not in NORMS:
-        raise weights.refuse(f"has normalize_activations = {norm!r}; known are {', '.join(filter(None, NORMS))}")
-    function = config.get("activation_fn_str", "relu")
-    if function != "relu":
-        raise weights.refuse(f"has the activation {function!r}; known is relu")
-    arguments = {"input_norm": NORMS[norm]}
-    architecture = config.get("architecture", "standard")
-    if architecture in ("standard", "vanilla"):
+def _convert(weights: Weights) -> SparseAutoencoder:
+    arguments = {"input_norm": NORMS[weights.choice("normalize_activations", NORMS, "none")]}
+    weights.choice("activation_fn_str", ("relu",), "relu")
+    if weights.choice("architecture", ("standard", "vanilla", "gated"), "standard") != "gated":
         return build("ReLUSAE", arguments, weights.parts(*TRANSFORMER_LENS, turned="W_enc"), weights.origin)
-    if architecture == "gated":
-        tensors = dict(weights.tensors) | {"b_enc": weights.vector("b_gate")}
-        found = Weights(tensors, config, weights.origin).parts(*TRANSFORMER_LENS, turned="W_enc")
-        n = len(found["b_enc"])
-        found |= {name: weights.vector(name, n) for name in ("r_mag", "b_mag")}
-        return build("GatedSAE", arguments, found, weights.origin)
-    raise weights.refuse(f"has the architecture {architecture!r}; known are standard, vanilla and gated")
+    tensors = weights.parts("W_enc", "b_gate", "W_dec", "b_dec", turned="W_enc")
+    tensors |= {name: weights.vector(name, len(tensors["b_enc"])) for name in ("r_mag", "b_mag")}
+    return build("GatedSAE", arguments, tensors, weights.origin)
 
 
 FORMAT = Format(
     "vit_prisma",
     "ViT-Prisma",
     "ReLU or gated, of rows that `normalize_activations` made, minus `b_dec`",
-    _recognizes,
-    _read,
+    (Signature(TRANSFORMER_LENS), Signature(TRANSFORMER_LENS_GATED)),
+    _convert,
+    marks=OWN_FIELDS,
 )
