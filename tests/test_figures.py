@@ -10,7 +10,6 @@ import pytest
 from statements import RESULTS, ROOT, of_the_choices, of_the_demo, of_the_kinds, of_the_systems, of_training, results
 from statements_of_examples import of_every_timestep, of_h_space, of_kandinsky, of_the_text_encoder, of_the_vae
 
-from diffusers_sae.demo.measure_removal import TUNING_SEED
 from diffusers_sae.evaluation.shares import wilson
 
 STATEMENTS = {
@@ -101,7 +100,7 @@ def test_every_interval_is_that_of_its_images(name):
 def test_artefacts_say_what_they_count():
     told = results("demo_quality")
     for part in (told["styles"], told["objects"]):
-        if part["seed"] == part["curves_seed"]:  # older than rows
+        if part["seed"] == part["tuning_seed"]:  # older than rows
             assert part["artefacts"]["counts"] == "all images, the removed factor included"
             edited = part["artefacts_edited"]
             assert edited["judgements"] == round(part["edited"]["value"] * part["edited"]["judgements"])
@@ -113,5 +112,9 @@ def test_artefacts_say_what_they_count():
 
 
 def test_the_readme_says_whether_seeds_were_shared():
-    shared = any(results("demo_quality")[part]["curves_seed"] != TUNING_SEED for part in ("styles", "objects"))
-    assert ("share prompts and noise with the grid" in words_of("README.md")) == shared
+    told, text = results("demo_quality"), words_of("README.md")
+    removals = [told["styles"], told["objects"]]
+    shared = any(part["seed"] == part["tuning_seed"] for part in removals)
+    assert ("beside curves (below) that share prompts and noise with the grid" in text) == shared
+    apart = all(abs(f["seed"] - f["tuning_seed"]) >= 32 for f in told["steering"].values())
+    assert ("How concepts are steered towards was chosen on other noise than it is measured on" in text) == apart

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from diffusers_sae.demo import measure_steering
 from diffusers_sae.demo.measure_removal import SEED, cells_of
 from diffusers_sae.demo.pictures import draw_curves
 from diffusers_sae.demo.quality import CURVE_TARGETS
@@ -44,6 +45,9 @@ def _share(hits: int, judgements: int, images: int) -> Share:
 
 
 def demo_quality(figures: dict[str, Any]) -> None:
+    for steered in figures["steering"].values():
+        steered.setdefault("seed", measure_steering.SEED)
+        steered.setdefault("tuning_seed", measure_steering.TUNING_SEED)
     for domain, other in (("style", "object"), ("object", "style")):
         part = figures[f"{domain}s"]
         if any("rows" in target for target in part["targets"].values()):
@@ -62,7 +66,7 @@ def demo_quality(figures: dict[str, Any]) -> None:
         }
         part["edited"] = _share(found + false_alarms, sum(share["images"] for share in judgements), GRID)
         part["ira_bare"], part["cra_bare"] = figures["bare"][domain], figures["bare"][other]
-        part["seed"] = part["curves_seed"] = SEED
+        part["seed"] = part["tuning_seed"] = SEED
         for points in figures["curves"][domain].values():
             for point in points:
                 _curve_point(point, domain)

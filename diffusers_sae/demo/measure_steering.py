@@ -16,6 +16,8 @@ from .shipped import MODELS, SITES, Seen, generate, look
 from .world import CONCEPT_VALUES, CONCEPTS, FACTORS, Scene, scene_with
 
 SEED = 51_000_000
+TUNING_SEED = 80_000_000
+"""Of the images by which settings are chosen; those of the figures are others."""
 
 
 class Towards(NamedTuple):
@@ -29,7 +31,7 @@ class Towards(NamedTuple):
 
 
 def load_towards(file: Path = MODELS / "towards.json") -> dict[str, Towards]:
-    """How each concept is steered towards, as `examples/emoji_world/choose_steering.py` chose it."""
+    """How each concept is steered towards, as `examples/emoji_world/choose_steering.py` chose it on `TUNING_SEED`."""
     chosen = json.loads(file.read_text())
     return {concept: Towards(tuple(how.pop("sites")), **how) for concept, how in chosen.items()}
 

@@ -114,6 +114,7 @@ class Quality:
             figures[concept] = {
                 "how": how._asdict(),
                 "seed": measure_steering.SEED,
+                "tuning_seed": measure_steering.TUNING_SEED,
                 **measure_steering.steering_rows(concept, scenes, bare, steered).figures(),
             }
         return figures
@@ -160,7 +161,7 @@ class Quality:
             target: {**result.as_dict(), **self._detection(target), "rows": result.rows_as_dict()[target]}
             for target, result in each.items()
         }
-        seeds = {"seed": SEED, "curves_seed": TUNING_SEED}
+        seeds = {"seed": SEED, "tuning_seed": TUNING_SEED}
         return {"how": how.as_dict(), **seeds, **total.as_dict(), "targets": figures}
 
     def _detection(self, target: str) -> dict[str, Any]:

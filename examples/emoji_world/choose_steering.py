@@ -17,12 +17,18 @@ from tqdm import tqdm
 
 from diffusers_sae import TopKSAE
 from diffusers_sae.checksums import sha256
-from diffusers_sae.demo.measure_steering import Towards, edits_towards, judged, silent_scenes, steering_rows
+from diffusers_sae.demo.measure_steering import (
+    TUNING_SEED,
+    Towards,
+    edits_towards,
+    judged,
+    silent_scenes,
+    steering_rows,
+)
 from diffusers_sae.demo.shipped import SITES, load_judge, load_pipeline, load_scores
 from diffusers_sae.demo.world import CONCEPTS
 from diffusers_sae.evaluation.ledger import Ledger
 
-SEED = 80_000_000
 START = {
     "object": Towards(SITES, strength=1.25, stop=0.6),
     "style": Towards(strength=2.5, stop=0.6),
@@ -61,10 +67,10 @@ class Chooser:
 
     def margins(self, concept: str, how: Towards) -> dict[str, float]:
         """By how much each share lies above its bar."""
-        scenes = silent_scenes(CONCEPTS[concept], self._images, SEED)
+        scenes = silent_scenes(CONCEPTS[concept], self._images, TUNING_SEED)
 
         def seen() -> list[Any]:
-            return judged(self._pipe, self._judge, scenes, SEED)
+            return judged(self._pipe, self._judge, scenes, TUNING_SEED)
 
         bare = self._ledger.get(f"bare {CONCEPTS[concept]} {self._images}", seen)
         try:
