@@ -9,6 +9,9 @@ import numpy as np
 
 from ..errors import InputError
 
+ROUNDING = 1e-14
+"""By how much two differences may differ by rounding, in parts of what was measured."""
+
 
 @dataclass(frozen=True)
 class PairedTest:
@@ -28,7 +31,14 @@ class PairedTest:
 
 
 def paired_t_test(before: Sequence[float], after: Sequence[float]) -> PairedTest:
-    """Test whether `after - before` has a mean other than 0; raises `InputError` unless there are two pairs or more."""
+    """Test whether `after - before` has a mean other than 0.
+
+    If no pair differs, t is 0 and p is 1.
+
+    Raises:
+        InputError: fewer than two pairs, numbers that are not finite, or the same difference in all pairs, which has no
+            spread to compare it with.
+    """
     from scipy.stats import ttest_rel
 
     a, b = np.asarray(before, dtype=float), np.asarray(after, dtype=float)
@@ -36,7 +46,11 @@ def paired_t_test(before: Sequence[float], after: Sequence[float]) -> PairedTest
         raise InputError(f"There are {a.shape} and {b.shape} measurements; pass two lists of one length, at least 2.")
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         raise InputError("Some measurements are not finite numbers; leave those pairs out.")
+    means = float(a.mean()), float(b.mean()), float((b - a).mean())
+    if (a == b).all():
+        return PairedTest(*means, low=0.0, high=0.0, t=0.0, p=1.0, pairs=len(a))
+    if np.ptp(b - a) <= ROUNDING * max(np.abs(a).max(), np.abs(b).max()):
+        raise InputError(f"All {len(a)} pairs differ by {means[2]:g}, so that there is no spread to test it against.")
     found = ttest_rel(b, a)
     low, high = found.confidence_interval()
-    means = float(a.mean()), float(b.mean()), float((b - a).mean())
     return PairedTest(*means, float(low), float(high), float(found.statistic), float(found.pvalue), len(a))

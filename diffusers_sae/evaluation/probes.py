@@ -17,17 +17,20 @@ PENALTIES = (1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
 def f_statistic(x: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """`(m,)`: between-class over within-class mean square of each entry of `x (N, m)` (one-way analysis of variance).
 
-    0 for an entry that does not vary.
+    0 for an entry that does not vary, and for all if there is one class only.
     """
     classes, y = np.unique(labels, return_inverse=True)
+    if len(classes) < 2:
+        return np.zeros(x.shape[1])
     shows = np.eye(len(classes), dtype=x.dtype)[y]  # (N, classes)
     counts = shows.sum(0)[:, None]
     centred = x - x.mean(0)
+    centred -= centred.mean(0)  # the first mean is rounded, by which large entries of little spread seem to differ
     total = np.einsum("nm,nm->m", centred, centred).astype(float)
     between = (np.square((shows.T @ centred).astype(float)) / counts).sum(0)
     within = np.maximum(total - between, 1e-6 * total)
     freedom = max(len(x) - len(classes), 1) / (len(classes) - 1)
-    return np.divide(between * freedom, within, out=np.zeros_like(total), where=total > 0)
+    return np.divide(between * freedom, within, out=np.zeros_like(total), where=(np.ptp(x, axis=0) > 0) & (within > 0))
 
 
 SELECTIONS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
@@ -38,7 +41,7 @@ SELECTIONS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 """What the entries of a representation `(N, m)` are ranked by: mean activation, variance, or F, which takes labels."""
 
 SCALINGS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "each": lambda x: x.std(0) + 1e-3 * np.sqrt(x.var(0).mean()),
+    "each": lambda x: x.std(0) + 1e-3 * np.sqrt(x.var(0).mean()) + 1e-12,
     "common": lambda x: np.sqrt(x.var(0).mean(keepdims=True)) + 1e-12,
 }
 """What centred entries are divided by: each by its own standard deviation, or all by one number."""
@@ -179,6 +182,8 @@ def _check(
             f"{folds} folds; pass rows (N, M), a label and a group for each, and 2 folds to as many as there are "
             "groups."
         )
+    if not np.isfinite(x).all():
+        raise InputError("Some rows hold numbers that are not finite; leave those rows out.")
     if len(np.unique(labels)) < 2:
         raise InputError("All rows have the same label; a probe needs two or more.")
     for known, named in ((SELECTIONS, selections), (SCALINGS, scalings)):

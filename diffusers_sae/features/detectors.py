@@ -17,11 +17,14 @@ from ..capture import stream_activations
 from ..errors import InputError
 from ..rules import Rule
 from ..saes import SparseAutoencoder
+from .bounds import midway
 
 FILE = "detectors.safetensors"
 HELD_OUT = 0.25
 RIDGE = 0.01
 RAREST = 0.01
+CONSTANT = 1e-6
+"""Spread of a latent, in parts of its largest magnitude, up to which prompts differ by rounding alone."""
 
 
 @dataclass
@@ -46,6 +49,8 @@ class ConceptDetectors:
             raise InputError(f"{concept!r} has no detector; choose one of {', '.join(self.concepts)}.")
         c = self.concepts.index(concept)
         used = self.weights[c].nonzero().flatten().tolist()
+        if not used:
+            raise InputError(f"The detector of {concept!r} reads no latent, as none differed; use another SAE or site.")
         weights = self.weights[c, used].tolist()
         return Rule(dict(zip(used, weights, strict=True)), self.bounds[c].item(), adapter_name)
 
@@ -83,19 +88,25 @@ def concept_detectors(
 
     A concept's direction is the ridge regression of its label on the standardised mean code, fitted on three quarters
     of the prompts (for two classes this is Fisher's discriminant). Its bound is where balanced accuracy is highest on
-    the rest.
+    the rest. Latents that are the same for all prompts are not read. The plan rests meanwhile.
 
     Args:
         labelled: prompts, each with the concepts that it names.
         call: goes to the pipeline (`num_inference_steps`, `guidance_scale`, ...).
+
+    Raises:
+        InputError: a concept that no prompt, or every prompt, of either part names, or codes that are not finite.
     """
     names = tuple(concepts)
-    labels = torch.tensor([[name in named for name in names] for _, named in labelled])  # (N, C)
+    labels = torch.tensor([[name in named for name in names] for _, named in labelled]).reshape(
+        -1, len(names)
+    )  # (N, C)
     fitted = int((1 - HELD_OUT) * len(labelled))
     parts = (labels[:fitted], labels[fitted:])
-    unseen = [name for c, name in enumerate(names) if not all(part[:, c].any() for part in parts)]
-    if unseen:
-        raise InputError(f"Too few prompts name {', '.join(unseen)}; add some, or leave those concepts out.")
+    for few, wanted in (("name", True), ("do without", False)):
+        unseen = [name for c, name in enumerate(names) if not all((part[:, c] == wanted).any() for part in parts)]
+        if unseen:
+            raise InputError(f"Too few prompts {few} {', '.join(unseen)}; add some, or leave those concepts out.")
     codes: dict[str, list[torch.Tensor]] = {site: [] for site in saes}
     stream = stream_activations(
         pipe, list(saes), [prompt for prompt, _ in labelled], batch_size=batch_size, seed=seed,
@@ -103,15 +114,21 @@ def concept_detectors(
     )  # fmt: skip
     for batch in tqdm(stream, total=-(-len(labelled) // batch_size), desc="detectors", mininterval=5):
         for site, sae in saes.items():
-            codes[site].append(sae.encode(batch.rows(site)[0][0]).mean(1))  # (images, n)
+            rows = batch.rows(site)[0][0].to(sae.W_dec.device)
+            codes[site].append(sae.encode(rows).float().mean(1).cpu())  # (images, n)
+    for site, each in codes.items():
+        if not all(torch.isfinite(code).all() for code in each):
+            raise InputError(f"Codes of {site} are not finite; see whether the pipeline overflows in its dtype.")
     return {site: _fit(torch.cat(code), labels, fitted, names) for site, code in codes.items()}
 
 
 def _fit(codes: torch.Tensor, labels: torch.Tensor, fitted: int, names: tuple[str, ...]) -> ConceptDetectors:
     """Detectors from codes `(N, n)` and labels `(N, C)`, of which the first `fitted` are fitted."""
     x, y = codes[:fitted].double(), labels[:fitted].double()
-    used = (x > 0).double().mean(0) >= RAREST
-    spread = x[:, used].std(0)
+    used = (x != 0).double().mean(0) >= RAREST
+    spread = x.std(0)
+    used &= spread > CONSTANT * x.abs().amax(0)
+    spread = spread[used]
     standard = (x[:, used] - x[:, used].mean(0)) / spread
     penalty = RIDGE * fitted * torch.eye(standard.shape[1], dtype=x.dtype)
     solution = torch.linalg.solve(standard.T @ standard + penalty, standard.T @ (y - y.mean(0)))  # (used, C)
@@ -124,12 +141,17 @@ def _fit(codes: torch.Tensor, labels: torch.Tensor, fitted: int, names: tuple[st
 
 
 def _bound(scores: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
-    """The bound on scores `(N,)` with the highest balanced accuracy, in the middle of its gap, and that accuracy."""
+    """The bound on scores `(N,)` with the highest balanced accuracy, in the middle of its gap, and that accuracy.
+
+    Equal scores lie on the same side of it. Where nothing is better than chance, no score lies above it.
+    """
     order = scores.argsort()
     ranked, positive = scores[order], labels[order].double()
     missed = positive.cumsum(0) / positive.sum()
     rejected = (1 - positive).cumsum(0) / (1 - positive).sum()
-    balanced = (1 - missed + rejected)[:-1] / 2  # of a bound between i and i + 1
+    balanced = (1 - missed + rejected) / 2  # of a bound between i and i + 1
+    balanced[:-1][ranked[1:] == ranked[:-1]] = 0.0
     best = (balanced >= balanced.max() - 1e-12).nonzero().flatten()
     i = int(best[len(best) // 2])
-    return float(ranked[i : i + 2].mean()), float(balanced[i])
+    bound = midway(ranked[i], ranked[i + 1]) if i + 1 < len(ranked) else float(ranked[i])
+    return bound, float(balanced[i])

@@ -7,17 +7,27 @@ activation (attribution patching; Syed et al., 2310.10348) then says how much of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from ..context import Context
+from ..errors import InputError
+from ..families import denoiser_of
+from ..hooks import CaptureHook
 from ..saes import SparseAutoencoder
-from ..sites import LAYOUTS, Site, resolve, tensor_of, with_tensor
+from ..sites import LAYOUTS, Place, Site, input_of, resolve, tensor_of, with_input, with_tensor
+
+OWN_ARGUMENTS = ("prompt", "negative_prompt", "generator", "output_type")
+"""Arguments of the pipeline that `concept_effect` sets."""
 
 
+@torch.no_grad()
 def concept_effect(
     pipe: Any,
     saes: Mapping[str, SparseAutoencoder],
@@ -29,86 +39,225 @@ def concept_effect(
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Effect of every latent at every timestep, `{site: (T, n)}`, averaged over images, and the timesteps `(T,)`.
 
+    The unit is the share of the concept's push: 1 if a latent alone made the whole difference between the predictions.
+    Where the predictions do not differ at all, effects are 0. The plan rests meanwhile: effects are those of the
+    unsteered model.
+
     Args:
-        saes: `{site: SAE}`; all sites share the generation and the backward pass.
+        saes: `{path of the site: SAE}`; kind, stream and layout are those that the SAE was trained at, if it says so.
+            All sites share the generation and the backward pass.
         prompts, neutral: prompts with the concept, and the same ones without it, in the same order.
         call: goes to the pipeline (`num_inference_steps`, `guidance_scale`, ...); guidance must be on.
 
-    The unit is the share of the concept's push: 1 if a latent alone made the whole difference between the predictions.
+    Raises:
+        InputError: prompts that do not go together, a site outside the denoiser, an SAE of another width, a step
+            without guidance, or a pipeline that takes no negative prompts.
     """
+    _check_call(pipe, prompts, neutral, call)
+    sites = {path: _site_of(path, sae) for path, sae in saes.items()}
+    places = {path: _place_of(pipe, site) for path, site in sites.items()}
+    tracked = {path: (sites[path], place.module) for path, place in places.items()}
+    denoiser = next(iter(places.values())).root
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
-    with _recorded_calls(pipe.unet) as calls:
-        pipe(list(prompts), negative_prompt=list(neutral), generator=generators, output_type="latent", **call)
-    sites = {path: Site(path) for path in saes}
-    modules = {path: resolve(pipe, site).module for path, site in sites.items()}
+    with _recorded_calls(pipe, sites, places) as calls:
+        pipe(prompt=list(prompts), negative_prompt=list(neutral), generator=generators, output_type="latent", **call)
     effects: dict[str, list[torch.Tensor]] = {path: [] for path in saes}
-    for args, kwargs in calls:
-        for path, (x, gradient) in _gradients(pipe.unet, modules, args, kwargs).items():
-            to_rows = LAYOUTS[sites[path].layout].to_rows
-            effects[path].append(_effect(saes[path], to_rows(x).float(), to_rows(gradient).float()))
-    timesteps = torch.tensor([float(args[1] if len(args) > 1 else kwargs["timestep"]) for args, kwargs in calls])
-    return {path: torch.stack(steps) for path, steps in effects.items()}, timesteps
+    timesteps = []
+    for step in _guided_steps(calls):
+        timesteps.append(step.timestep)
+        for path, (rows, gradient) in _gradients(denoiser, tracked, step).items():
+            effects[path].append(_effect(saes[path], rows, gradient, sites[path]))
+    return {path: torch.stack(each) for path, each in effects.items()}, torch.tensor(timesteps)
+
+
+def _check_call(pipe: Any, prompts: Sequence[str], neutral: Sequence[str], call: Mapping[str, Any]) -> None:
+    taken = inspect.signature(type(pipe).__call__).parameters
+    if not {"prompt", "negative_prompt"} <= set(taken):
+        raise InputError(f"{type(pipe).__name__} takes no prompts and negative prompts, which effects are measured by.")
+    if isinstance(prompts, str) or isinstance(neutral, str) or not prompts or len(prompts) != len(neutral):
+        raise InputError("Pass a list of prompts with the concept, and a list of as many prompts without it.")
+    same = [prompt for prompt, other in zip(prompts, neutral, strict=True) if prompt == other]
+    if same:
+        raise InputError(f"{same[0]!r} is the prompt with and without the concept; leave the concept out of one.")
+    for name in OWN_ARGUMENTS:
+        if name in call:
+            raise InputError(f"{name} is set by concept_effect itself; leave it out.")
+
+
+def _site_of(path: str, sae: SparseAutoencoder) -> Site:
+    """The site that an SAE was trained at, if it has this path, else the output there."""
+    trained = sae.provenance.get("site")
+    site = Site(path) if trained is None else Site.of(trained)
+    return site if site.path == Site(path).path else Site(path)
+
+
+def _place_of(pipe: Any, site: Site) -> Place:
+    place = resolve(pipe, site)
+    if place.root_name != denoiser_of(pipe)[0] or place.is_argument:
+        raise InputError(f"{site} is no block of the denoiser, so that it has no effect at each step; choose one.")
+    return place
+
+
+class _Call(NamedTuple):
+    """One call of the denoiser."""
+
+    args: tuple
+    kwargs: dict[str, Any]
+    branches: tuple[str, ...]
+    timestep: float
+
+    def part(self, x: torch.Tensor, branch: str) -> slice:
+        """The rows of one branch in a batch `x` of this call."""
+        images, i = len(x) // len(self.branches), self.branches.index(branch)
+        return slice(i * images, (i + 1) * images)
+
+
+class _GuidedStep(NamedTuple):
+    """The calls in which the predictions with the concept and without it were made; the same one, or two."""
+
+    concept: _Call
+    neutral: _Call
+
+    @property
+    def timestep(self) -> float:
+        return self.concept.timestep
+
+
+@contextmanager
+def _recorded_calls(pipe: Any, sites: Mapping[str, Site], places: Mapping[str, Place]) -> Iterator[list[_Call]]:
+    """All calls of the denoiser inside the `with` block, in which the plan rests."""
+    state, calls = pipe._steering, []  # type: ignore[var-annotated]
+    # hooks that take nothing, so that the context of the run is kept
+    hooks = [(places[path], CaptureHook(site, _take_nothing, lambda: state.armed)) for path, site in sites.items()]
+
+    def record(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        context = hooks[0][1].context
+        calls.append(_Call(args, kwargs, context.branches, context.timestep))
+
+    with state.unsteered(), state.attached(hooks):
+        handle = hooks[0][0].root.register_forward_pre_hook(record, with_kwargs=True)
+        try:
+            yield calls
+        finally:
+            handle.remove()
+
+
+def _take_nothing(site: Site, x: torch.Tensor, context: Context) -> None:
+    pass
+
+
+def _guided_steps(calls: Iterable[_Call]) -> Iterator[_GuidedStep]:
+    """Calls in pairs of both branches; raises `InputError` where one is missing."""
+    waiting: dict[str, _Call] = {}
+    for call in calls:
+        if call.kwargs.get("skip_layers") is not None:  # the extra call of skip-layer guidance
+            continue
+        if any(branch in waiting for branch in call.branches):
+            break
+        waiting |= dict.fromkeys(call.branches, call)
+        if {"cond", "uncond"} <= set(waiting):
+            yield _GuidedStep(waiting["cond"], waiting["uncond"])
+            waiting = {}
+    if waiting:
+        raise InputError(
+            f"Guidance is off at timestep {next(iter(waiting.values())).timestep:g}, so that nothing is predicted "
+            "without the concept; pass a guidance_scale (or true_cfg_scale) above 1, and a guided scheduler."
+        )
+
+
+@dataclass
+class _Tracked:
+    """What a site holds, `x`, and the change of it that gradients are taken by."""
+
+    x: torch.Tensor
+    shift: torch.Tensor
 
 
 def _gradients(
-    denoiser: nn.Module, modules: Mapping[str, nn.Module], args: tuple, kwargs: dict[str, Any]
+    denoiser: nn.Module, sites: Mapping[str, tuple[Site, nn.Module]], step: _GuidedStep
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """What each module gives for the concept's half of a batch `[neutral, concept]`, and the gradient there.
+    """What each site holds for the prompts with the concept, and the gradient there, as rows `(images, P, d)` in fp32.
 
-    Differentiated is the share of the way from the neutral prediction to the concept's.
+    Differentiated is the projection of the prediction onto (concept - neutral), as a share of its length.
     """
-    with torch.enable_grad(), _tracked(modules) as tensors:
-        output = denoiser(*args, **kwargs)
-        prediction = output[0] if isinstance(output, tuple) else output.sample
-        without, with_concept = prediction.chunk(2)
-        towards = (with_concept - without).detach()
-        square = towards.square().flatten(1).sum(1).clamp(min=1e-12)  # (images,)
-        share = (with_concept * towards).flatten(1).sum(1) / square
-        gradients = torch.autograd.grad(share.sum(), list(tensors.values()))
-    return {
-        path: (x.detach().chunk(2)[1], gradient.chunk(2)[1])
-        for (path, x), gradient in zip(tensors.items(), gradients, strict=True)
-    }
+    with torch.enable_grad(), _tracking(sites) as tracked:
+        output = _prediction(denoiser, step.concept)
+    without = output.detach() if step.concept is step.neutral else _prediction(denoiser, step.neutral)
+    missing = [str(site) for path, (site, _) in sites.items() if path not in tracked]
+    if missing:
+        raise InputError(f"{missing[0]} did not run; choose another block.")
+    cond = step.concept.part(output, "cond")
+    towards = output.detach()[cond].float() - without[step.neutral.part(without, "uncond")].float()
+    largest = towards.abs().flatten(1).amax(1)  # (images,)
+    square = towards.square().flatten(1).sum(1)
+    unit = torch.where(largest > 0, largest, 1.0).view(-1, *[1] * (towards.ndim - 1))
+    # of about 1, since a share's gradient of 1 / square would vanish in half precision
+    weights = torch.zeros_like(output)
+    weights[cond] = (towards / unit).to(output.dtype)
+    shifts = [each.shift for each in tracked.values()]
+    gradients = torch.autograd.grad(output, shifts, weights, materialize_grads=True)
+    share = torch.where(square > 0, largest / square, 0.0)[:, None, None]
+    found = {}
+    for (path, each), gradient in zip(tracked.items(), gradients, strict=True):
+        to_rows, part = LAYOUTS[sites[path][0].layout].to_rows, step.concept.part(each.x, "cond")
+        found[path] = to_rows(each.x[part]).float(), to_rows(gradient[part]).float() * share
+    return found
 
 
-def _effect(sae: SparseAutoencoder, x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+def _prediction(denoiser: nn.Module, call: _Call) -> torch.Tensor:
+    output = denoiser(*call.args, **call.kwargs)
+    prediction = output[0] if isinstance(output, tuple) else output.sample
+    if not isinstance(prediction, torch.Tensor):
+        raise InputError(f"{type(denoiser).__name__} predicts a list of tensors, for which no effect can be measured.")
+    return prediction
+
+
+def _effect(sae: SparseAutoencoder, x: torch.Tensor, gradient: torch.Tensor, site: Site) -> torch.Tensor:
     """Activation times gradient along the decoder row, added up over places: `(n,)`, mean over images.
 
     `x` and `gradient` are rows `(images, P, d)`.
     """
-    code = sae.encode_sparse(x)  # (images, P, k)
-    along = (gradient @ sae.W_dec.T).gather(-1, code.indices)
-    effect = torch.zeros(sae.n_latents).index_add_(0, code.indices.flatten(), (code.values * along).flatten())
-    return effect / len(x)
+    if x.shape[-1] != sae.d_in:
+        raise InputError(f"The SAE takes activations of width {sae.d_in} and {site} has {x.shape[-1]}; load another.")
+    sae.fetch()
+    x, gradient = x.to(sae.W_dec.device), gradient.to(sae.W_dec.device)
+    code, scale = sae.encode_sparse(x), sae.row_scale(x)  # (images, P, k), (images, P, 1)
+    gradient = gradient if scale is None else gradient * scale
+    along = (gradient @ sae.W_dec.float().T).gather(-1, code.indices)
+    effect = along.new_zeros(sae.n_latents)
+    effect.index_add_(0, code.indices.flatten(), (code.values.float() * along).flatten())
+    return (effect / len(x)).cpu()
 
 
 @contextmanager
-def _recorded_calls(denoiser: nn.Module) -> Iterator[list[tuple[tuple, dict[str, Any]]]]:
-    """Arguments of every call of the denoiser inside the `with` block."""
-    calls: list[tuple[tuple, dict[str, Any]]] = []
-    handle = denoiser.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
-    try:
-        yield calls
-    finally:
-        handle.remove()
+def _tracking(sites: Mapping[str, tuple[Site, nn.Module]]) -> Iterator[dict[str, _Tracked]]:
+    """Collect what the sites hold, each with a shift of 0 to differentiate by; the graph begins at the first."""
+    tracked: dict[str, _Tracked] = {}
 
+    def shifted(path: str, x: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        x = x if tracked else x.detach()
+        tracked[path] = _Tracked(seen.detach(), torch.zeros_like(x, requires_grad=True))
+        return x + tracked[path].shift
 
-@contextmanager
-def _tracked(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, torch.Tensor]]:
-    """Collect the modules' outputs as tensors to differentiate by; the graph begins at the first of them."""
-    tensors: dict[str, torch.Tensor] = {}
+    def before(path: str, site: Site, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        x = input_of(args, kwargs, site.stream)
+        return with_input(args, kwargs, site.stream, shifted(path, x, x))
 
-    def track(path: str, output: Any) -> Any:
-        x = tensor_of(output, modules[path])
-        tensors[path] = x if tensors else x.detach().requires_grad_()
-        return with_tensor(output, tensors[path], modules[path])
+    def after(path: str, site: Site, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        x = tensor_of(output, module, site.stream)
+        seen = x - input_of(args, kwargs, site.stream) if site.kind == "update" else x
+        return with_tensor(output, shifted(path, x, seen), module, site.stream)
 
-    handles = [
-        module.register_forward_hook(lambda _, __, output, path=path: track(path, output))
-        for path, module in modules.items()
-    ]
-    try:
-        yield tensors
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as stack:
+        for path, (site, module) in sites.items():
+            if site.kind == "input":
+                handle = module.register_forward_pre_hook(
+                    lambda _, args, kwargs, path=path, site=site: before(path, site, args, kwargs), with_kwargs=True
+                )
+            else:
+                handle = module.register_forward_hook(
+                    lambda m, args, kwargs, output, path=path, site=site: after(path, site, m, args, kwargs, output),
+                    with_kwargs=True,
+                )
+            stack.callback(handle.remove)
+        yield tracked

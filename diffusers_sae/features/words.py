@@ -11,48 +11,29 @@ import torch
 
 from ..capture.text import TokenActivations
 from ..errors import InputError
-from ..saes import SparseAutoencoder
+from ..saes import SparseAutoencoder, SparseCode
+from .bounds import midway
+from .tokens import Word, words_of
+
+__all__ = [
+    "DESCRIPTIVE",
+    "UNITS",
+    "Firings",
+    "Units",
+    "Word",
+    "WordFeature",
+    "best_bound",
+    "best_for_words",
+    "firings",
+    "latents_of",
+    "name_features",
+    "parts_of_speech",
+    "word_table",
+    "words_of",
+]
 
 DESCRIPTIVE = ("NOUN", "PROPN", "ADJ", "ADV")
 """Parts of speech that can name an attribute (Olson et al., 2025, section 4.1: nouns, adjectives and adverbs)."""
-
-END_OF_WORD, STARTS_OF_WORD = "</w>", ("▁", "Ġ")
-"""How tokenizers mark words: CLIP's the last token of one, SentencePiece and byte-level BPE the first."""
-
-
-class Word(NamedTuple):
-    """One occurrence of a word: number of its prompt, and the positions of its tokens in it."""
-
-    text: str
-    prompt: int
-    positions: tuple[int, ...]
-
-
-def words_of(seen: TokenActivations, tokenizer: Any) -> list[Word]:
-    """The words of all prompts in order, tokens that are one word merged, signs of punctuation left out."""
-    special = set(tokenizer.all_special_ids)
-    found = []
-    for prompt, ids in enumerate(seen.ids.tolist()):
-        places = [p for p, i in enumerate(ids) if i not in special]
-        tokens = tokenizer.convert_ids_to_tokens([ids[p] for p in places])
-        for group in _merged(tokens):
-            positions = tuple(places[g] for g in group)
-            text = tokenizer.decode([ids[p] for p in positions]).strip().lower()
-            if any(letter.isalnum() for letter in text):
-                found.append(Word(text, prompt, positions))
-    return found
-
-
-def _merged(tokens: Sequence[str]) -> list[list[int]]:
-    """Numbers of the tokens of each word."""
-    ends = any(token.endswith(END_OF_WORD) for token in tokens)
-    groups: list[list[int]] = []
-    for i, token in enumerate(tokens):
-        begins = i == 0 or (tokens[i - 1].endswith(END_OF_WORD) if ends else token.startswith(STARTS_OF_WORD))
-        if begins:
-            groups.append([])
-        groups[-1].append(i)
-    return groups
 
 
 class Units(NamedTuple):
@@ -121,11 +102,15 @@ class Firings(NamedTuple):
 
 @torch.no_grad()
 def firings(sae: SparseAutoencoder, seen: TokenActivations, units: Units, chunk: int = 8192) -> Firings:
-    """Where the latents of `sae` fire, by unit; codes are made of `chunk` tokens at a time and kept sparse."""
+    """Where the latents of `sae` are above 0, by unit; codes are made of `chunk` tokens at a time and kept sparse.
+
+    A signed code that is below 0 counts as one that does not fire: a latent finds a word by being large on it.
+    """
     keys, values = [torch.empty(0, dtype=torch.long)], [torch.empty(0)]
     for part in torch.arange(len(units.unit)).split(chunk):
         prompt, position = units.tokens[:, part]
-        code = sae.encode_sparse(seen.tensor[prompt, position].float())
+        code = sae.encode_sparse(seen.tensor[prompt, position].float().to(sae.W_dec.device))
+        code = SparseCode(code.values.float().cpu(), code.indices.cpu())
         on = code.values > 0
         keys.append((code.indices * units.size + units.unit[part][:, None])[on])
         values.append(code.values[on])
@@ -229,15 +214,16 @@ def name_features(
 def best_bound(value: torch.Tensor, hit: torch.Tensor) -> float:
     """The bound, at least 0, for which `value > bound` has the best F1 as a detector of `hit`, both `(N,)`.
 
-    It lies halfway between two values.
+    It lies halfway between two values, or at the lower one if no number lies between them.
     """
+    value = value.clamp(min=0)
     order = value.argsort(descending=True)
     ordered, hits = value[order], hit[order].cumsum(0)  # the first i + 1 are found
     f1 = 2 * hits / (torch.arange(1, len(value) + 1) + hit.sum())
     below = torch.cat([ordered[1:], ordered.new_zeros(1)])
     f1 = torch.where(ordered > below, f1, -1.0)  # equal values cannot be parted
     i = int(f1.argmax())
-    return float(ordered[i] + below[i]) / 2
+    return midway(below[i], ordered[i])
 
 
 def best_for_words(features: Iterable[WordFeature], least: float = 0.8) -> dict[str, WordFeature]:

@@ -34,9 +34,20 @@ def test_the_direction_has_a_sign():
     assert paired_t_test([1, 2, 3], [2, 3.1, 4]).t > 0 > paired_t_test([2, 3.1, 4], [1, 2, 3]).t
 
 
+def test_where_no_pair_differs():
+    found = paired_t_test([0.1, 0.5, 0.5], [0.1, 0.5, 0.5])
+    assert (found.difference, found.low, found.high, found.t, found.p, found.pairs) == (0, 0, 0, 0, 1, 3)
+
+
 @pytest.mark.parametrize(
     ("before", "after", "sentence"),
-    [([1.0], [2.0], "at least 2"), ([1.0, 2.0], [1.0], "one length"), ([1.0, math.nan], [1.0, 2.0], "not finite")],
+    [
+        ([1.0, 2.0, 3.0], [2.0, 3.0, 4.0], "All 3 pairs differ by 1"),
+        ([0.1, 0.2], [0.2, 0.3], "no spread"),
+        ([1.0], [2.0], "at least 2"),
+        ([1.0, 2.0], [1.0], "one length"),
+        ([1.0, math.nan], [1.0, 2.0], "not finite"),
+    ],
 )
 def test_bad_input_gets_a_sentence(before, after, sentence):
     with pytest.raises(InputError, match=sentence):

@@ -97,3 +97,31 @@ def test_bad_input_gets_a_sentence(arguments, sentence):
     given = {"x": np.ones((20, 3)), "labels": np.arange(20) % 2, **arguments}
     with pytest.raises(InputError, match=sentence):
         fit_probe(given.pop("x"), given.pop("labels"), **given)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("value", [0.0, 0.1, 1e8, 1e-20])
+def test_entries_that_do_not_vary_tell_nothing(dtype, value):
+    x, labels = rows(300, 0)
+    x[:, 5] = value
+    x = x.astype(dtype)
+    assert f_statistic(x, labels)[5] == 0
+    probe = fit_probe(x, labels, entries=3)
+    assert sorted(probe.entries) == [30, 31, 32]
+
+
+@pytest.mark.parametrize("scaling", ["each", "common"])
+def test_rows_that_are_all_the_same_give_the_commonest_label(scaling):
+    labels = np.array([0] * 12 + [1] * 30)
+    probe = fit_probe(np.full((42, 4), 0.3), labels, scalings=[scaling])
+    assert np.isfinite(probe.weights).all() and probe.accuracy(np.full((42, 4), 0.3), labels) == 30 / 42
+
+
+def test_a_fold_that_holds_all_rows_of_a_class():
+    x, labels = rows(40, 0)
+    labels = np.where(np.arange(40) == 7, 6, 5)
+    assert np.isfinite(fit_probe(x, labels, entries=3).weights).all()
+    assert not f_statistic(x, np.zeros(40)).any()
+    x[3, 3] = np.nan
+    with pytest.raises(InputError, match="not finite"):
+        fit_probe(x, labels)

@@ -6,7 +6,7 @@ import torch
 from conftest import SITE, random_sae
 
 from diffusers_sae import InputError
-from diffusers_sae.features.detectors import ConceptDetectors, _bound, concept_detectors
+from diffusers_sae.features.detectors import ConceptDetectors, _bound, _fit, concept_detectors
 
 LABELLED = [("aaaa", ["a"]), ("bbbb", ["b"])] * 24
 CALL = {"num_inference_steps": 4, "guidance_scale": 5.0, "height": 16, "width": 16}
@@ -68,3 +68,79 @@ def test_bad_input_gets_a_sentence(sd, detectors, tmp_path):
         ConceptDetectors.load(tmp_path)
     with pytest.raises(InputError, match="Too few prompts name c"):
         concept_detectors(sd.pipe, {SITE: random_sae()}, LABELLED, ["a", "c"], **CALL)
+
+
+def fitted(codes, labels):
+    """A detector of one concept, on three quarters of the codes."""
+    return _fit(torch.tensor(codes), torch.tensor(labels)[:, None], 3 * len(codes) // 4, ("a",))
+
+
+@pytest.mark.parametrize("constant", [0.1, 1e4, 1e-30])
+def test_a_latent_that_is_the_same_for_all_prompts_is_not_read(constant):
+    rng = np.random.default_rng(0)
+    labels = rng.random(400) < 0.5
+    codes = (rng.random((400, 4)) + 2 * labels[:, None] * [0, 0, 0, 1]).astype(np.float32)
+    codes[:, 1] = constant
+    detector = fitted(codes, labels)
+    assert torch.isfinite(detector.weights).all() and detector.weights[0, 1] == 0 and detector.accuracy[0] == 1
+    without = fitted(np.delete(codes, 1, axis=1), labels)
+    torch.testing.assert_close(detector.weights[0, [0, 2, 3]], without.weights[0])
+
+
+def test_latents_below_zero_are_read_too():
+    rng = np.random.default_rng(0)
+    labels = rng.random(400) < 0.5
+    codes = (rng.random((400, 4)) + 2 * labels[:, None] * [0, 0, 0, 1]).astype(np.float32)
+    above, below = fitted(codes, labels), fitted(-codes, labels)
+    torch.testing.assert_close(below.weights, -above.weights)
+    assert below.accuracy[0] == 1
+
+
+def test_where_no_latent_differs_there_is_no_rule():
+    detector = fitted(np.full((40, 3), 0.5, np.float32), [True, False] * 20)
+    assert detector.accuracy.tolist() == [0.5]
+    with pytest.raises(InputError, match="The detector of 'a' reads no latent"):
+        detector.rule("a")
+
+
+@pytest.mark.parametrize(
+    ("scores", "labels", "accuracy"),
+    [
+        ([1.0, 1.0, 1.0, 1.0], [0, 0, 1, 1], 0.5),  # equal scores cannot be parted
+        ([1.0, 1.0], [0, 1], 0.5),
+        ([0.0, 1.0, 1.0, 1.0, 2.0], [0, 0, 1, 0, 1], 0.75),
+        ([0.0, 1.0, 1.0, 2.0], [0, 0, 1, 1], 0.75),
+        ([2.0, 1.0], [0, 1], 0.5),  # the wrong way round
+        ([1.0, float(np.nextafter(np.float32(1), np.float32(2)))], [0, 1], 1.0),  # no number lies between
+        ([3e38, 3.2e38], [0, 1], 1.0),
+    ],
+)
+@pytest.mark.parametrize("seed", range(4))
+def test_a_bound_does_what_its_accuracy_says(scores, labels, accuracy, seed):
+    order = torch.randperm(len(scores), generator=torch.Generator().manual_seed(seed))
+    scores, labels = torch.tensor(scores)[order], torch.tensor(labels).bool()[order]
+    bound, told = _bound(scores, labels)
+    holds = scores > bound
+    assert told == pytest.approx(accuracy)
+    assert float(holds[labels].float().mean() + (~holds[~labels]).float().mean()) / 2 == pytest.approx(accuracy)
+
+
+def test_detectors_do_not_depend_on_the_plan(sd, sae):
+    def weights():
+        torch.manual_seed(0)
+        saes = {SITE: random_sae(n_latents=64, k=16)}
+        return concept_detectors(sd.pipe, saes, LABELLED, ["a", "b"], **CALL)[SITE].weights
+
+    bare = weights()
+    sd.pipe.load_sae(sae)
+    sd.pipe.steer({3: 9.0})
+    steered = sd.run()
+    assert torch.equal(weights(), bare)
+    assert torch.equal(sd.run(), steered)
+
+
+def test_labels_that_tell_nothing_apart(sd):
+    with pytest.raises(InputError, match="Too few prompts do without a; add some"):
+        concept_detectors(sd.pipe, {SITE: random_sae()}, [("aaaa", ["a"])] * 8, ["a"], **CALL)
+    with pytest.raises(InputError, match="Too few prompts name a"):
+        concept_detectors(sd.pipe, {SITE: random_sae()}, [], ["a"], **CALL)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import random_sae
 
-from diffusers_sae import InputError, Site
+from diffusers_sae import InputError, Site, TopKSAE
 from diffusers_sae.capture.text import TokenActivations
 from diffusers_sae.features.words import (
     best_bound,
@@ -110,6 +110,25 @@ def test_no_bound_does_better():
             return 2 * float((found & hit).sum()) / float(found.sum() + hit.sum())
 
         assert f1(best_bound(value, hit)) == pytest.approx(max(f1(b + 0.5) for b in range(6)) if hit.any() else 0)
+
+
+def test_a_bound_parts_values_that_no_number_lies_between():
+    low = torch.tensor(1.0)
+    value = torch.stack([low, low.nextafter(torch.tensor(2.0)), torch.tensor(-3.0)])
+    assert (value > best_bound(value, torch.tensor([False, True, False]))).tolist() == [False, True, False]
+    value = torch.tensor([3e38, 3.2e38])
+    assert (value > best_bound(value, torch.tensor([False, True]))).tolist() == [False, True]
+    assert best_bound(torch.tensor([-2.0, -1.0]), torch.tensor([False, True])) >= 0
+
+
+@torch.no_grad()
+def test_codes_below_zero_do_not_fire():
+    torch.manual_seed(1)
+    sae, seen, new = random_sae(8, n_latents=4, k=4), drawn(1), drawn(2)
+    signed = TopKSAE(8, 4, 4, relu=False).eval()
+    signed.load_state_dict(sae.state_dict())
+    assert (signed.encode(seen.tensor) < 0).any()
+    assert name_features(signed, seen, new, ClipLike()) == name_features(sae, seen, new, ClipLike())
 
 
 def test_parts_of_speech_choose_among_names():
