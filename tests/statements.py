@@ -167,6 +167,8 @@ def of_training() -> list[str]:
             f"| {side} | {speed['speed']['rows_a_second'][name]:,.0f} | {speed['peak_bytes'][name] / 1e9:.2f} GB | "
             f"{number(best_rate, 3)} |"
         )
+    formats = results("peer_formats").values()
+    assert max(error for each in formats for error in (each["codes"], each["reconstructions"])) <= 2e-5
     quality = speed["quality"]
     after = {int(divisor): fvu for divisor, fvu in quality["ours_after_a_share_of_the_rows"].items()}
     assert 0.72 < speed["speed"]["share_of_the_floor"] < 0.78
@@ -175,6 +177,7 @@ def of_training() -> list[str]:
     decoder = inversion["runs"]["50 steps, to 1.0, 1 iterations, decoder 3"]["psnr"]
     return [
         *table,
+        "give the same codes and reconstructions to 2e-5",
         "Three quarters of our step are the encoder's product",
         "ours has dictionary_learning's FVU after half of the rows and sparsify's after a quarter",
         f"is {number(best['adafactor'], 3)} then beside {number(best['adam'], 3)}, each at the best of five rates",

@@ -6,6 +6,7 @@ import json
 
 from statements import ROOT, interval, mean, minutes, number, percent, results
 
+from diffusers_sae.demo.shipped import SITES
 from diffusers_sae.evaluation.shares import wilson
 
 
@@ -97,7 +98,12 @@ def of_h_space() -> list[str]:
         rows.append(f"| {label} | {' | '.join(shares)} |")
     near, middle = (max(abs(x - share) for x in wilson(share, told["held_out"])) for share in (0.95, 0.5))
     assert 0.02 < near < 0.031 and 0.05 <= middle < 0.056
+    held_out = told["held_out"]
+    of_raw, of_code = (round(probes[n]["background"][way]["value"] * held_out) for n, way in (
+        ("raw h", "all"), ("TopK, channels", "chosen")))  # fmt: skip
     edits = told["edits"]
+    by_guidance, all_steps = edits["one step at 0.7 T, guidance 12"], edits["all steps from 0.9 T"]
+    run = told["seconds"]["reconstruction probes edits consistency interpolation, 2 trips"]["all"]["clock"]
     moved = [c["mean_change"] for c in edits["components"]]
     changed = [c["h_changed"] * 3072 for c in edits["components"]]
     ways, tests = told["consistency"]["ways"], told["consistency"]["against_prompt_editing"]
@@ -111,8 +117,14 @@ def of_h_space() -> list[str]:
     rows += [
         f"On {told['images']:,} renders with three noises each, {told['h']:,} maps, measured on "
         f"{told['held_out']} renders",
-        f"| {edits['one step at 0.7 T, guidance 12']['named']} of 10 "
-        f"({edits['one step at 0.7 T, guidance 12']['different_names']} different) |",
+        f"A whole run takes {minutes(run)} on two cores",
+        f"({of_raw} of {held_out} images, where the code has {of_code})",
+        f"| {edits['one step at 0.7 T']['named']} of {edits['one step at 0.7 T']['of']} | "
+        f"{edits['one step at 0.7 T']['as_chosen']} | |",
+        f"| {by_guidance['named']} of {by_guidance['of']} ({by_guidance['different_names']} different) | "
+        f"{by_guidance['as_chosen']} | {by_guidance['named_at_random']} of {by_guidance['of_random']} |",
+        f"| {all_steps['named']} of {all_steps['of']} | {all_steps['as_chosen']} | "
+        f"{all_steps['named_at_random']} of {all_steps['of_random']} |",
         f"moves them by {number(min(moved))} to {number(max(moved), 3)} and changes {number(min(changed))} to "
         f"{number(max(changed))} of 3072",
         f"pixels: {number(undone['share_left_pixels'], 2)} with latents, "
@@ -199,3 +211,18 @@ def of_the_vae() -> list[str]:
         f"backgrounds "
         f"and {percent(1 - ends['source']['object'])} % of its objects are gone",
     ]
+
+
+def of_the_models() -> dict[str, str]:
+    """What the cards of the embedded models say of their own figures on what is held out."""
+    models, said = ROOT / "diffusers_sae" / "demo" / "models", {}
+    for site in SITES:
+        card, told = (
+            models / "saes" / site / "README.md",
+            json.loads((models / "saes" / site / "held_out.json").read_text()),
+        )
+        said[str(card)] = f"FVU {told['fvu']:.4f}, L0 {told['l0']:.1f}, dead latents {100 * told['dead']:.2f} %"
+    judge = json.loads((models / "judge" / "held_out.json").read_text())["accuracy"]
+    right = ", ".join(f"{factor} {100 * share:.2f} %" for factor, share in judge.items())
+    said[str(models / "judge" / "README.md")] = f"right on held-out real renders: {right}"
+    return said

@@ -8,8 +8,16 @@ from typing import Any
 
 import pytest
 from statements import RESULTS, ROOT, of_the_choices, of_the_demo, of_the_kinds, of_the_systems, of_training, results
-from statements_of_examples import of_every_timestep, of_h_space, of_kandinsky, of_the_text_encoder, of_the_vae
+from statements_of_examples import (
+    of_every_timestep,
+    of_h_space,
+    of_kandinsky,
+    of_the_models,
+    of_the_text_encoder,
+    of_the_vae,
+)
 
+from diffusers_sae.demo.quality import fingerprint
 from diffusers_sae.evaluation.shares import wilson
 
 STATEMENTS = {
@@ -52,6 +60,15 @@ def test_no_percentage_stands_beside_the_results(readme):
     for sentence in [*STATEMENTS[readme](), *NOT_MEASURED.get(readme, [])]:
         text = text.replace(sentence, "…")
     assert re.findall(r".{0,60}\d %.{0,20}", text) == []
+
+
+def test_cards_say_what_was_measured():
+    for card, sentence in of_the_models().items():
+        assert sentence in words_of(card), card
+
+
+def test_the_results_are_of_the_models_that_ship():
+    assert results("demo_quality")["weights"] == fingerprint()
 
 
 def amendments() -> Any:
