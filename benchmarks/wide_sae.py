@@ -32,7 +32,7 @@ from diffusers_sae.demo.shipped import CALL, SITES, load_pipeline
 from diffusers_sae.demo.world import sample_captions
 from diffusers_sae.evaluation.known_features import KnownFeatures
 from diffusers_sae.training import SAETrainer, TrainingConfig
-from diffusers_sae.training.trainer import read_checkpoint, write_checkpoint
+from diffusers_sae.training.checkpoints import read_checkpoint, write_checkpoint
 
 WIDTH, LATENTS, K, ROWS = 1280, 163_840, 32, 2048
 FEATURES, TURNED = 16_384, 300

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import pytest
@@ -15,6 +16,18 @@ from diffusers_sae.training import SAETrainer
 
 class Stop(BaseException):
     """As sudden as a kill: nothing that cleans up after an `Exception` runs."""
+
+
+@contextmanager
+def file_limit(size: int):
+    """No file grows beyond `size` bytes: the system refuses to write on, as on a full disk."""
+    resource = pytest.importorskip("resource")  # not on Windows
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 class Outcome(NamedTuple):

@@ -18,9 +18,12 @@ from ..sites import Site
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+CONTENTS = ("site", "model", "scheduler", "prompts", "call", "config", "complete", "shards")
+OF_A_SHARD = {"file", "rows", "images", "bytes", "sha256"}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
+    """What a store says of itself; raises `InputError` if it says nothing, or not all that it must."""
     file = folder / MANIFEST
     try:
         manifest = json.loads(file.read_text())
@@ -31,7 +34,22 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise InputError(f"{file} cannot be read ({error}); store the activations again.") from None
     if schema != SCHEMA:
         raise InputError(f"{file} has schema {schema}, and this version reads {SCHEMA}; store the activations again.")
+    if missing := [name for name in CONTENTS if name not in manifest]:
+        raise InputError(f"{file} does not say {', '.join(missing)}; store the activations again.")
+    shards = manifest["shards"]
+    if not isinstance(shards, list) or any(not isinstance(one, dict) or OF_A_SHARD - set(one) for one in shards):
+        raise InputError(f"{file} does not say what its shards are; store the activations again.")
     return manifest
+
+
+def check_shards(folder: Path, manifest: dict[str, Any], *, verify: bool = False) -> None:
+    """Raise `InputError` unless all shards are there and whole; with `verify`, unless they are unaltered."""
+    for shard in manifest["shards"]:
+        file = folder / shard["file"]
+        if not file.is_file():
+            raise InputError(f"{file} is missing; store the activations again, or fetch them whole.")
+        if file.stat().st_size != shard["bytes"] or (verify and sha256(file) != shard["sha256"]):
+            raise InputError(f"{file} is truncated or altered; store the activations again, or fetch them whole.")
 
 
 class ActivationStore:
@@ -46,12 +64,7 @@ class ActivationStore:
         self.manifest = read_manifest(self.folder)
         if not self.manifest["complete"]:
             raise InputError(f"{self.folder} is not complete; run store_activations as before, which goes on with it.")
-        for shard in self.manifest["shards"]:
-            file = self.folder / shard["file"]
-            if not file.is_file():
-                raise InputError(f"{file} is missing; store the activations again, or fetch them whole.")
-            if file.stat().st_size != shard["bytes"] or (verify and sha256(file) != shard["sha256"]):
-                raise InputError(f"{file} is truncated or altered; store the activations again, or fetch them whole.")
+        check_shards(self.folder, self.manifest, verify=verify)
         self._open()
 
     def _open(self) -> None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
 import logging
-import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,15 +19,25 @@ from tqdm import tqdm
 
 from ..activations import SiteActivations
 from ..checksums import sha256
+from ..disk import hold_folder, write_whole
 from ..errors import InputError
-from ..families import denoiser_of
 from ..sites import LAYOUTS, Site
+from .descriptions import (
+    checked_prompts,
+    describe,
+    describe_call,
+    describe_pipeline,
+    describe_plan,
+    describe_prompts,
+    refuse_differences,
+)
 from .places import random_places
-from .store import MANIFEST, SCHEMA, ActivationStore, read_manifest
+from .store import MANIFEST, SCHEMA, ActivationStore, check_shards, read_manifest
 from .stream import STRENGTHS, StreamBatch, check_images, stream_activations
 from .text_rows import TextRows, check_text_sites, text_arguments
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+SHARD = re.compile(r"\d{6}\.safetensors(\.part)?")
 log = logging.getLogger(__name__)
 
 
@@ -87,9 +95,7 @@ def store_activations(
     Raises:
         InputError: if the folder holds another run's activations, or the disk has too little room.
     """
-    wanted = list(islice(iter(prompts), config.images))
-    if len(wanted) < config.images:
-        raise InputError(f"There are {len(wanted)} prompts for {config.images} images; give one for each.")
+    wanted = checked_prompts(prompts, config.images)
     if config.tokens != "all" and not any(Site.of(site).is_text_encoder for site in sites):
         raise InputError(f"tokens={config.tokens!r} is of text encoders, and no site lies in one; leave it out.")
     if "images" in call:
@@ -103,14 +109,17 @@ def store_activations(
         _Plan(texts, encode, partial(_text_batches, pipe, texts, wanted, config, encode)),
         _Plan(others, call, partial(_denoiser_batches, pipe, others, wanted, config, call)),
     ]
-    writers = [
-        {at.path: _Writer(Path(folder) / at.path, _about(pipe, at, wanted, config, plan.call)) for at in plan.sites}
-        for plan in plans
-    ]
-    left = config.max_bytes
-    for plan, own in zip(plans, writers, strict=True):
-        _fill(Path(folder), own, plan.batches, config.images, left)
-        left = None if left is None else left - sum(writer.bytes for writer in own.values())
+    pipeline, left = describe_pipeline(pipe), config.max_bytes
+    with ExitStack() as held:
+        for path in dict.fromkeys(at.path for at in places):
+            held.enter_context(hold_folder(Path(folder) / path))
+        writers = []
+        for plan in plans:
+            runs = {at.path: _describe(pipe, pipeline, at, wanted, config, plan.call) for at in plan.sites}
+            writers.append({path: _Writer(Path(folder) / path, run) for path, run in runs.items()})
+        for plan, own in zip(plans, writers, strict=True):
+            _fill(Path(folder), own, plan.batches, config.images, left)
+            left = None if left is None else left - sum(writer.bytes for writer in own.values())
     return {at.path: ActivationStore(Path(folder) / at.path, verify=False) for at in places}
 
 
@@ -146,6 +155,7 @@ def _fill(
                 bar.update(count)
     for path, writer in writers.items():
         if writer.rows == 0:
+            writer.discard()
             raise InputError(f"No prompt has a token that is kept at {path}; pass other prompts, or tokens='all'.")
         writer.finish()
 
@@ -185,46 +195,32 @@ def _text_batches(
         yield first_image, count, tensors
 
 
-def _about(pipe: Any, site: Site, prompts: Sequence[str], config: StoreConfig, call: Mapping[str, Any]) -> dict:
+def _describe(
+    pipe: Any,
+    pipeline: Mapping[str, Any],
+    site: Site,
+    prompts: Sequence[str],
+    config: StoreConfig,
+    call: Mapping[str, Any],
+) -> dict[str, Any]:
     """What two runs must have in common for one to go on where the other stopped."""
-    kept = asdict(config)
+    kept = describe(asdict(config))
     del kept["max_bytes"]
-    kept["branches"] = list(config.branches)
     del kept["timesteps" if site.is_text_encoder else "tokens"]  # what does not act on the site
     name = pipe.config.get("_name_or_path")
-    name_of_component = site.path.partition(".")[0] if site.is_text_encoder else denoiser_of(pipe)[0]
+    model = {"name": name if name is None else str(name), **pipeline}  # the name may be a path
+    if site.is_text_encoder:
+        weights = {part: digest for part, digest in pipeline["weights"].items() if part.startswith("text_encoder")}
+        model |= {"weights": weights, "scheduler": None, "plan": describe_plan(pipe)}
     return {
         "schema": SCHEMA,
         "site": site.as_dict(),
-        "model": {
-            "name": name if name is None else str(name),  # it may be a path
-            "weights": _fingerprint(getattr(pipe, name_of_component)),
-        },
+        "model": model,
         "scheduler": None if site.is_text_encoder else type(pipe.scheduler).__name__,
-        "prompts": hashlib.sha256("\0".join(prompts).encode()).hexdigest(),
-        "call": {name: _told(value) for name, value in call.items()},
+        "prompts": describe_prompts(prompts),
+        "call": describe_call(call, config.images),
         "config": kept,
     }
-
-
-def _told(value: Any) -> Any:
-    """An argument of the pipeline as it stands in the manifest; images as their hash."""
-    if isinstance(value, (int, float, str)):
-        return value
-    if hasattr(value, "as_told"):
-        value = value.as_told()
-    elif isinstance(value, Sequence) and len(value) and hasattr(value[0], "tobytes"):  # PIL or numpy
-        return hashlib.sha256(b"".join(image.tobytes() for image in value)).hexdigest()
-    return repr(value)
-
-
-def _fingerprint(module: torch.nn.Module) -> str:
-    """SHA-256 of the names, shapes and first values of all weights."""
-    digest = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.flatten()[:64].double().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _rows_of(batch: StreamBatch, path: str, config: StoreConfig) -> dict[str, torch.Tensor]:
@@ -277,29 +273,39 @@ def _check_budget(
 
 
 class _Writer:
-    """One site's folder: shards that were written whole, in the order of the images."""
+    """One site's folder: shards that were written whole, in the order of the images. Nothing is written before one."""
 
-    def __init__(self, folder: Path, about: dict[str, Any]) -> None:
-        self.folder, self._about = folder, about
+    def __init__(self, folder: Path, run: dict[str, Any]) -> None:
+        self.folder, self._run = folder, run
         self._shards: list[dict[str, Any]] = []
-        folder.mkdir(parents=True, exist_ok=True)
+        self._begun = self._complete = False
         if (folder / MANIFEST).exists():
             old = read_manifest(folder)
-            if old["model"]["weights"] == about["model"]["weights"]:  # wherever it lies now
-                self._about = about = {**about, "model": old["model"]}
-            for name, value in about.items():
-                if old.get(name) != value:
-                    raise InputError(
-                        f"{folder} holds activations of another run ({name} is {old.get(name)}, not {value}); choose "
-                        "another folder, or delete it."
-                    )
-            self._shards = old["shards"]
+            self._refuse_another(old)
+            check_shards(folder, old)
+            self._run = {**run, "model": old["model"]}  # wherever it lies now
+            self._shards, self._complete = old["shards"], old["complete"]
         elif any(entry.name != f"{MANIFEST}.part" for entry in folder.iterdir()):
             raise InputError(f"{folder} is not empty and holds no store; choose another folder.")
+
+    def _refuse_another(self, old: Mapping[str, Any]) -> None:
+        """Raise `InputError` if the manifest is another run's."""
+        if not isinstance(old["model"], dict) or "pipeline" not in old["model"]:
+            raise InputError(
+                f"{self.folder} holds activations that an older version of diffusers_sae stored, without what their "
+                "run consisted of; choose another folder, or delete it."
+            )
+        there, here = ({**run, "model": {**run["model"], "name": None}} for run in (old, self._run))
+        there = {name: value for name, value in there.items() if name not in ("complete", "shards")}
+        refuse_differences(there, here, str(self.folder), "the store", "choose another folder, or delete it")
+
+    def _begin(self) -> None:
+        """Write the manifest, and remove what a run left that stopped between a shard and the manifest."""
+        self._begun = True
         self._write_manifest(complete=False)
-        known = {MANIFEST, *(shard["file"] for shard in self._shards)}
-        for stray in folder.iterdir():  # of a run that stopped between a shard and the manifest
-            if stray.name not in known:
+        known = {shard["file"] for shard in self._shards}
+        for stray in self.folder.iterdir():
+            if SHARD.fullmatch(stray.name) and stray.name not in known:
                 stray.unlink()
 
     @property
@@ -316,37 +322,32 @@ class _Writer:
         return sum(shard["bytes"] for shard in self._shards)
 
     def add(self, tensors: Mapping[str, torch.Tensor], images: int) -> None:
-        name = f"{len(self._shards):06}.safetensors"
-        partial = self.folder / f"{name}.part"
-        try:
-            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial)
-            _flush(partial)
-        except Exception as error:
-            partial.unlink(missing_ok=True)
-            if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left" in str(error):
-                raise InputError(
-                    f"The disk of {self.folder} is full after {self.images} images; make room and run the same again, "
-                    "which goes on from there."
-                ) from None
-            raise
-        digest, size = sha256(partial), partial.stat().st_size
-        partial.rename(self.folder / name)
+        if not self._begun:
+            self._begin()
+        file = self.folder / f"{len(self._shards):06}.safetensors"
+        shard = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        write_whole(file, lambda partial: save_file(shard, partial))
         self._shards.append(
-            {"file": name, "rows": len(tensors["rows"]), "images": images, "bytes": size, "sha256": digest}
+            {
+                "file": file.name,
+                "rows": len(tensors["rows"]),
+                "images": images,
+                "bytes": file.stat().st_size,
+                "sha256": sha256(file),
+            }
         )
         self._write_manifest(complete=False)
 
+    def discard(self) -> None:
+        """Remove a store without rows, so that its folder can be filled otherwise."""
+        for shard in self._shards:
+            (self.folder / shard["file"]).unlink()
+        (self.folder / MANIFEST).unlink(missing_ok=True)
+
     def finish(self) -> None:
-        self._write_manifest(complete=True)
+        if not self._complete:
+            self._write_manifest(complete=True)
 
     def _write_manifest(self, complete: bool) -> None:
-        partial = self.folder / f"{MANIFEST}.part"
-        partial.write_text(json.dumps({**self._about, "complete": complete, "shards": self._shards}, indent=1) + "\n")
-        _flush(partial)
-        partial.rename(self.folder / MANIFEST)
-
-
-def _flush(file: Path) -> None:
-    """Have a file on the disk before it gets its name."""
-    with file.open("rb") as opened:
-        os.fsync(opened.fileno())
+        text = json.dumps({**self._run, "complete": complete, "shards": self._shards}, indent=1) + "\n"
+        write_whole(self.folder / MANIFEST, lambda partial: partial.write_text(text))

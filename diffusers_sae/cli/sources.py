@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 from pathlib import Path
 from typing import Any
 
+from ..checksums import sha256
 from ..errors import InputError
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -31,9 +33,10 @@ class Pictures:
     def __getitem__(self, part: slice) -> list[Any]:
         return [_open_picture(file) for file in self._files[part]]
 
-    def as_told(self) -> list[tuple[str, int]]:
-        """What the manifest of a store says of them: names and sizes of the files."""
-        return [(file.name, file.stat().st_size) for file in self._files]
+    def description(self, count: int) -> dict[str, Any]:
+        """What the manifest of a store says of the first `count`."""
+        digest = hashlib.sha256("".join(sha256(file) for file in self._files[:count]).encode())
+        return {"count": count, "sha256": digest.hexdigest()}
 
 
 def _open_picture(file: Path) -> Any:

@@ -181,8 +181,8 @@ def _settle(
 ) -> None:
     """Record the sizes of the run. One that has a checkpoint keeps a scale's sizes, since timing anew gives others."""
     from ..training import sizes_for
+    from ..training.checkpoints import CHECKPOINT
     from ..training.precision import resolve_precision
-    from ..training.trainer import CHECKPOINT
 
     begun = read_record(folder) if (folder / CHECKPOINT).exists() else None
     if begun is not None and settings.precision == "auto":

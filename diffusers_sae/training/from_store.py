@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
 from ..capture import ActivationStore
+from ..capture.descriptions import describe_prompts, describe_sae, digest_weights
 from ..capture.prefetch import prefetched
+from ..disk import append_to_log, cut_log, hold_folder
 from ..errors import InputError
-from ..saes import SparseAutoencoder
-from .trainer import CHECKPOINT, SAETrainer, TrainingConfig, read_checkpoint, write_checkpoint
+from ..saes import BatchTopKSAE, SparseAutoencoder
+from .checkpoints import CHECKPOINT, check_run, read_checkpoint, write_checkpoint
+from .processes import check_processes, check_same_step
+from .trainer import SAETrainer, TrainingConfig
 
+LOG = "log.jsonl"
 SAMPLE = 2**16
 """Rows that centre and scale are taken from."""
 
@@ -47,21 +53,35 @@ def train_on_store(
         FloatingPointError: if the loss is not finite; the state before that step is kept in the checkpoint.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoint = folder / CHECKPOINT
     if len(store) < config.batch_size:
         raise InputError(
             f"{store.folder} has {len(store)} rows, fewer than the {config.batch_size} of a step; store more."
         )
-    source = {"seed": seed, "shards": [shard["sha256"] for shard in store.manifest["shards"]]}
+    check_processes(config.batch_size, accelerator)
+    with hold_folder(folder) if accelerator is None or accelerator.is_main_process else nullcontext():
+        trainer, run = _begun(store, make_sae, config, folder / CHECKPOINT, seed, accelerator)
+        check_same_step(trainer.step_count, accelerator)
+        _train(trainer, store, folder, run, seed, checkpoint_every, log_every, accelerator)
+    return trainer.finish()
+
+
+def _train(
+    trainer: SAETrainer,
+    store: ActivationStore,
+    folder: Path,
+    run: Mapping[str, Any],
+    seed: int,
+    checkpoint_every: int,
+    log_every: int,
+    accelerator: Accelerator | None,
+) -> None:
+    """Make the steps that are left, with logs and checkpoints."""
+    config, checkpoint = trainer.config, folder / CHECKPOINT
     count, index = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
-    if config.batch_size % count:
-        raise InputError(f"batch_size={config.batch_size} cannot be shared by {count} processes; make it a multiple.")
-    trainer = _begun(store, make_sae, config, checkpoint, source, seed, accelerator)
     epochs = -(-config.steps * config.batch_size // len(store)) + 1  # one more, as rows that fill no batch are left out
     batches = store.batches(config.batch_size, seed=seed, epochs=epochs, skip=trainer.step_count)
     if index == 0:
-        _cut_log(folder / "log.jsonl", trainer.step_count)
+        cut_log(folder / LOG, "step", trainer.step_count)
     if trainer.device.type == "cuda":  # a processor that trains has no time to spare for reading ahead
         batches = prefetched(batches, pin=True)
     remaining = islice(batches, config.steps - trainer.step_count)
@@ -73,7 +93,7 @@ def train_on_store(
                 figures = trainer.step(rows[index::count])
             except FloatingPointError:
                 if index == 0:
-                    write_checkpoint(checkpoint, {**source, "trainer": trainer.state_dict()})
+                    write_checkpoint(checkpoint, {"run": run, "trainer": trainer.state_dict()})
                 raise
             step = trainer.step_count
             if accelerator:
@@ -81,12 +101,10 @@ def train_on_store(
             if index > 0:
                 continue
             if step % log_every == 0 or step == config.steps:
-                with (folder / "log.jsonl").open("a") as log:
-                    log.write(json.dumps({"step": step, **figures}) + "\n")
+                append_to_log(folder / LOG, {"step": step, **figures})
                 bar.set_postfix({name: f"{value:.3f}" for name, value in figures.items()})
             if step % checkpoint_every == 0 or step == config.steps:
-                write_checkpoint(checkpoint, {**source, "trainer": trainer.state_dict()})
-    return trainer.finish()
+                write_checkpoint(checkpoint, {"run": run, "trainer": trainer.state_dict()})
 
 
 def _begun(
@@ -94,18 +112,10 @@ def _begun(
     make_sae: Callable[[int], SparseAutoencoder],
     config: TrainingConfig,
     checkpoint: Path,
-    source: dict[str, object],
     seed: int,
     accelerator: Accelerator | None,
-) -> SAETrainer:
-    """The trainer of the checkpoint, or a new one."""
-    state = read_checkpoint(checkpoint)
-    if state is not None:
-        if {name: state.get(name) for name in source} != source:
-            raise InputError(f"{checkpoint} is of another store or seed; delete it to begin anew.")
-        trainer = SAETrainer(make_sae(store.width), config, None, accelerator=accelerator)
-        trainer.load_state_dict(state["trainer"])
-        return trainer
+) -> tuple[SAETrainer, dict[str, Any]]:
+    """The trainer of the checkpoint, or a new one, and what the run consists of."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         sae = make_sae(store.width)
@@ -114,12 +124,28 @@ def _begun(
             f"A {type(sae).__name__} takes its rows in order, and those of a store are shuffled; "
             "train it by SAETrainer, on batches of whole images."
         )
-    sample = next(store.batches(min(SAMPLE, len(store)), seed=seed))
-    return SAETrainer(sae.train(), config, sample, accelerator=accelerator)
+    run = _describe(store, sae, seed, accelerator)
+    state = read_checkpoint(checkpoint)
+    if state is None:
+        sample = next(store.batches(min(SAMPLE, len(store)), seed=seed))
+        return SAETrainer(sae.train(), config, sample, accelerator=accelerator), run
+    check_run(state, run, checkpoint, ("trainer",))
+    trainer = SAETrainer(sae.train(), config, None, accelerator=accelerator)
+    trainer.load_state_dict(state["trainer"])
+    return trainer, run
 
 
-def _cut_log(file: Path, steps: int) -> None:
-    """Drop what a run that was stopped logged after its last checkpoint."""
-    if file.exists():
-        lines = [line for line in file.read_text().splitlines() if line.endswith("}")]
-        file.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= steps))
+def _describe(
+    store: ActivationStore, sae: SparseAutoencoder, seed: int, accelerator: Accelerator | None
+) -> dict[str, Any]:
+    """What, besides the trainer's settings, two runs must have in common for one to go on where the other stopped."""
+    shards = [shard["sha256"] for shard in store.manifest["shards"]]
+    run = {
+        "seed": seed,
+        "store": {"rows": len(store), **describe_prompts(shards)},
+        "sae": describe_sae(sae),
+        "start": digest_weights(sae),
+    }
+    if isinstance(sae, BatchTopKSAE):  # what it keeps is chosen among the rows of each process
+        run["processes"] = accelerator.num_processes if accelerator else 1
+    return run

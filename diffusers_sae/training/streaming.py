@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +11,18 @@ import torch
 from tqdm import tqdm
 
 from ..capture import ShuffleBuffer, StreamBatch, stream_activations
-from ..errors import InputError
+from ..capture.descriptions import (
+    checked_prompts,
+    describe_call,
+    describe_pipeline,
+    describe_prompts,
+    digest_weights,
+    refuse_differences,
+)
+from ..disk import append_to_log, cut_log, hold_folder
 from ..saes import SparseAutoencoder
-from .trainer import CHECKPOINT, SAETrainer, TrainingConfig, read_checkpoint, write_checkpoint
+from .checkpoints import CHECKPOINT, DELETE, check_contents, check_run, read_checkpoint, write_checkpoint
+from .trainer import SAETrainer, TrainingConfig
 
 FURTHER = 2**40
 """How far the seeds of further noises lie from those of the images."""
@@ -91,24 +98,43 @@ def train_on_stream(
         trained: whether the SAEs are trained already.
         prompts: at least `config.images` prompts, of which the first are taken.
         folder: the checkpoint, and the log of each SAE. A run that was stopped, by whatever means, goes on from the
-            checkpoint and, on the CPU with as many threads, ends with the bits of one that was not.
+            checkpoint and, on the CPU with as many threads, ends with the bits of one that was not. A checkpoint of
+            another run is refused: of other SAEs, settings, prompts or arguments, or of another pipeline.
         training: arguments of `TrainingConfig` other than the numbers of steps and rows, for all.
         call: goes to the pipeline (`num_inference_steps`, `guidance_scale`, ...).
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    wanted = checked_prompts(prompts, config.images)
+    folder = Path(folder)
     runs: dict[str, dict[str, _Run]] = {}  # by site and name
     for name, sae in saes.items():
         asked = sae if isinstance(sae, StreamedSAE) else StreamedSAE(name, sae)
         own = {**(training or {}), **asked.training}
         runs.setdefault(asked.site, {})[name] = _Run(folder / f"{name}.jsonl", asked.make, own, trained)
     sites = {site: _Site(each, config) for site, each in runs.items()}
-    checkpoint = folder / CHECKPOINT
-    first = _restore(checkpoint, sites, config)
-    wanted = islice(prompts, config.images)
+    with hold_folder(folder):
+        description = _describe(pipe, runs, wanted, config, trained, call)
+        first = _restore(folder / CHECKPOINT, sites, description)
+        _train(pipe, sites, wanted, config, folder, first, description, call)
+    return {name: runs[site][name].finished() for site in runs for name in runs[site]}
+
+
+def _train(
+    pipe: Any,
+    sites: Mapping[str, _Site],
+    prompts: list[str],
+    config: StreamingConfig,
+    folder: Path,
+    first: int,
+    description: Mapping[str, Any],
+    call: Mapping[str, Any],
+) -> None:
+    """Train on all images from `first` on, with logs and checkpoints."""
+    runs = {name: run for site in sites.values() for name, run in site.runs.items()}
+    for run in runs.values():
+        run.cut_log(first)
     stream = stream_activations(
-        pipe, list(sites), wanted, batch_size=config.batch_size, seed=config.seed, skip=first, **call
+        pipe, list(sites), prompts, batch_size=config.batch_size, seed=config.seed, skip=first, **call
     )
-    done = first
     with tqdm(total=config.images, initial=first, desc="images", mininterval=5) as bar:
         for batch in stream:
             done = batch.first_image + len(batch.prompts)
@@ -117,40 +143,43 @@ def train_on_stream(
                 rows, _ = batch.rows(path, config.branch)  # (T, images, P, d)
                 site.feed(rows, further.rows(path, config.branch)[0] if further else rows[:0])
             bar.update(len(batch.prompts))
-            figures = {name: run.figures.get("fvu", 0) for each in runs.values() for name, run in each.items()}
-            bar.set_postfix({name: f"{fvu:.3f}" for name, fvu in figures.items()})
+            bar.set_postfix({name: f"{run.figures.get('fvu', 0):.3f}" for name, run in runs.items()})
             due = done // config.checkpoint_every > batch.first_image // config.checkpoint_every
             if due or done == config.images:
-                write_checkpoint(checkpoint, _state(sites, config, done))
-                for each in runs.values():
-                    for run in each.values():
-                        run.log(done)
-    if done < config.images:
-        raise InputError(f"There were {done} prompts for {config.images} images; give one for each.")
-    return {name: runs[site][name].finished() for site in runs for name in runs[site]}
+                for run in runs.values():  # before the checkpoint: what a kill leaves of it is cut
+                    run.log(done)
+                state = {path: site.state_dict() for path, site in sites.items()}
+                write_checkpoint(folder / CHECKPOINT, {"run": description, "images": done, "sites": state})
 
 
-def _state(sites: Mapping[str, _Site], config: StreamingConfig, images: int) -> dict[str, Any]:
+def _describe(
+    pipe: Any,
+    runs: Mapping[str, Mapping[str, _Run]],
+    prompts: list[str],
+    config: StreamingConfig,
+    trained: bool,
+    call: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What, besides the trainers' settings, two runs must have in common for one to go on where the other stopped."""
+    streaming = asdict(config)
+    del streaming["checkpoint_every"]
     return {
-        "config": asdict(config),
-        "images": images,
-        "sites": {path: site.state_dict() for path, site in sites.items()},
+        "config": streaming,
+        "saes": {path: sorted(each) for path, each in runs.items()},
+        "trained": trained,
+        "prompts": describe_prompts(prompts),
+        "call": describe_call(call, config.images),
+        "model": describe_pipeline(pipe),
     }
 
 
-def _restore(checkpoint: Path, sites: Mapping[str, _Site], config: StreamingConfig) -> int:
+def _restore(checkpoint: Path, sites: Mapping[str, _Site], description: Mapping[str, Any]) -> int:
     """Go on from the checkpoint, if there is one; returns how many images it has seen."""
     state = read_checkpoint(checkpoint)
     if state is None:
         return 0
-    if state["config"] != asdict(config):
-        raise InputError(
-            f"{checkpoint} was made with {state['config']}, not {asdict(config)}; delete it to begin anew."
-        )
-    asked = {path: sorted(site.runs) for path, site in sites.items()}
-    saved = {path: sorted(site["saes"]) for path, site in state["sites"].items()}
-    if asked != saved:
-        raise InputError(f"{checkpoint} is of the SAEs {saved}, not {asked}; delete it to begin anew.")
+    check_run(state, description, checkpoint, ("images", "sites"))
+    check_contents(state["sites"], list(sites), str(checkpoint))
     for path, site in sites.items():
         site.load_state_dict(state["sites"][path])
     return state["images"]
@@ -181,19 +210,35 @@ class _Run:
     ) -> None:
         self._log, self._make, self._training, self._trained = log, make, training, trained
         self.trainer: SAETrainer | None = None
+        self._start: str | None = None
         self.figures: dict[str, float] = {}
 
     def begin(self, sample: torch.Tensor, steps: int, rows: int) -> None:
         """Make the trainer, with the centre and the scale of `sample (N, d)`."""
         settings = TrainingConfig(steps=steps, batch_size=rows, **self._training)
-        self.trainer = SAETrainer(self._make(sample.shape[1]), settings, sample, trained=self._trained)
+        sae = self._make(sample.shape[1])
+        self._start = self._digest(sae)
+        self.trainer = SAETrainer(sae, settings, sample, trained=self._trained)
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def _digest(self, sae: SparseAutoencoder) -> str | None:
+        """What a trained SAE starts from; the weights of a new one may be random."""
+        return digest_weights(sae) if self._trained else None
+
+    def state_dict(self) -> dict[str, Any]:
+        assert self.trainer is not None
+        return {**self.trainer.state_dict(), "start": self._start}
+
+    def restore(self, state: dict[str, Any], width: int) -> None:
         """Make the trainer as it was saved."""
-        told = state["config"]
-        settings = TrainingConfig(steps=told["steps"], batch_size=told["batch_size"], **self._training)
-        self.trainer = SAETrainer(self._make(state["sae"]["b_dec"].numel()), settings, None)
+        check_contents(state, ("config", "start"), f"The checkpoint of {self._log.stem}")
+        sizes = {name: state["config"].get(name) for name in ("steps", "batch_size")}
+        check_contents({name: size for name, size in sizes.items() if size}, sizes, "The checkpoint's config")
+        sae = self._make(width)
+        self._start = self._digest(sae)
+        self.trainer = SAETrainer(sae, TrainingConfig(**sizes, **self._training), None)
         self.trainer.load_state_dict(state)
+        holder = f"The checkpoint of {self._log.stem}"
+        refuse_differences({"start": state["start"]}, {"start": self._start}, holder, "the checkpoint", DELETE)
 
     @torch.no_grad()
     def hardness(self, rows: torch.Tensor) -> torch.Tensor:
@@ -208,8 +253,10 @@ class _Run:
         return self.trainer.finish()
 
     def log(self, images: int) -> None:
-        with self._log.open("a") as log:
-            log.write(json.dumps({"images": images, **self.figures}) + "\n")
+        append_to_log(self._log, {"images": images, **self.figures})
+
+    def cut_log(self, images: int) -> None:
+        cut_log(self._log, "images", images)
 
 
 class _Site:
@@ -230,16 +277,18 @@ class _Site:
             "generator": self._generator.get_state(),
             "hardness": self._hardness,
             "owed": self._owed,
-            "saes": {name: run.trainer.state_dict() for name, run in self.runs.items() if run.trainer},
+            "saes": {name: run.state_dict() for name, run in self.runs.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        check_contents(state, ("rows", "generator", "hardness", "owed", "saes"), "The checkpoint's site")
+        check_contents(state["saes"], list(self.runs), "The checkpoint's site")
         self._buffer = ShuffleBuffer(self._config.buffer, state["rows"].shape[1], self._generator)
         self._buffer.add(state["rows"])
         self._generator.set_state(state["generator"])
         self._hardness, self._owed = state["hardness"], state["owed"]
         for name, run in self.runs.items():
-            run.restore(state["saes"][name])
+            run.restore(state["saes"][name], state["rows"].shape[1] - 1)
 
     def feed(self, rows: torch.Tensor, further: torch.Tensor) -> None:
         """Take one batch of rows `(T, images, P, d)` in and make the steps that are due for it.

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import pickle
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
+from ..capture.descriptions import describe_sae, refuse_differences
 from ..errors import InputError
 from ..saes import JumpReLUSAE, SparseAutoencoder
+from .checkpoints import DELETE, check_contents, check_tensors
 from .losses import aux_k_loss
 from .objectives import objective
 from .optimizers import OPTIMIZERS
 from .precision import DTYPES, PRECISIONS, resolve_precision
 from .resampling import resample
-
-CHECKPOINT = "checkpoint.pt"
 
 
 @dataclass(frozen=True)
@@ -231,46 +228,49 @@ class SAETrainer:
             "rows_since_fired": self.rows_since_fired,
             "average": self.average.state_dict() if self.average else None,
             "config": asdict(self.config),
+            "description": describe_sae(self.sae),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state, whose precision stands if this trainer's was `auto`.
 
         Raises:
-            InputError: if it is of another configuration.
+            InputError: if it is of another SAE or configuration, or damaged; the trainer is then as it was.
         """
-        if self._asked.precision == "auto":
-            self.config = replace(self.config, precision=state["config"]["precision"])
-        if state["config"] != asdict(self.config):
-            raise InputError(
-                f"The checkpoint was made with {state['config']}, not {asdict(self.config)}; delete it to begin anew."
-            )
+        own = self.state_dict()
+        check_contents(state, [name for name in own if name != "description"], "The checkpoint")
+        check_contents(state["config"], ("steps",), "The checkpoint's config")
+        config = self.config
+        if self._asked.precision == "auto" and state["config"].get("precision") in DTYPES:
+            config = replace(config, precision=state["config"]["precision"])
+        here = {"sae": own["description"], "training": asdict(config)}
+        if "description" not in state:
+            raise InputError(f"The checkpoint is of an older version and does not say of which SAE; {DELETE}.")
+        there = {"sae": state["description"], "training": state["config"]}
+        refuse_differences(there, here, "The checkpoint", "the checkpoint", DELETE)
+        self._check_tensors(state)
+        self.config = config
         self.sae.load_state_dict(state["sae"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scale, self.step_count = state["scale"], state["step_count"]
         self.rows_since_fired = state["rows_since_fired"].to(self.device)
         if self.average:
             self.average.load_state_dict(state["average"])
+            self.average.to(self.device)
 
-
-def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint whole, or not at all."""
-    partial = path.with_suffix(".part")
-    with partial.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
-
-
-def read_checkpoint(path: Path) -> dict[str, Any] | None:
-    """What was written last, if anything was; raises `InputError` if it cannot be read."""
-    if not path.exists():
-        return None
-    try:
-        return torch.load(path, weights_only=True)
-    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError):  # whose words advise to run the pickle
-        raise InputError(f"{path} cannot be read as a checkpoint; delete it to begin anew.") from None
+    def _check_tensors(self, state: dict[str, Any]) -> None:
+        """Raise `InputError` unless a state has the tensors that it must have."""
+        check_tensors("weights", state["sae"], self.sae.state_dict())
+        check_tensors("count", state, {"rows_since_fired": self.rows_since_fired})
+        parameters = list(self.sae.parameters())
+        check_contents(state["optimizer"], ("state", "param_groups"), "The checkpoint's optimizer")
+        for i, moments in state["optimizer"]["state"].items():
+            for name in {"exp_avg", "exp_avg_sq"} & set(moments):
+                check_tensors(f"moment {i}", moments, {name: parameters[i]})
+        if self.average:
+            check_contents(state["average"], ("shadow_params",), "The checkpoint's average")
+            shadows = dict(enumerate(state["average"]["shadow_params"]))
+            check_tensors("average", shadows, dict(enumerate(parameters)))
 
 
 @torch.no_grad()

@@ -1,18 +1,19 @@
 """Stores of activations: what they hold, going on after a stop at any moment, and what is refused."""
 
-import errno
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import SITE, Harness, Stop
+from conftest import SITE, Harness, Stop, file_limit
 from tiny import tiny_unet
 
 from diffusers_sae import InputError
 from diffusers_sae.capture import ActivationStore, StoreConfig, store_activations, storing
+from diffusers_sae.disk import hold_folder
 
 CALL = {"num_inference_steps": 3, "guidance_scale": 5.0, "height": 16, "width": 16}
 PROMPTS = ["ab", "cd", "ef", "gh", "ij"]
@@ -89,7 +90,7 @@ def test_a_run_that_is_stopped_at_any_moment_ends_with_the_same_bytes(finished, 
 
         return work
 
-    for owner, name in ((storing.os, "fsync"), (Path, "rename"), (Path, "unlink"), (storing, "save_file")):
+    for owner, name in ((os, "fsync"), (Path, "rename"), (Path, "unlink"), (storing, "save_file")):
         monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
     stops = 0
     for moment in range(1, 1000, 3):
@@ -139,23 +140,50 @@ def another_unet():
     return harness.pipe
 
 
+def another_text_encoder():
+    pipe = Harness().pipe
+    with torch.no_grad():
+        next(pipe.text_encoder.parameters())[-1, -1] += 0.5  # far from its first numbers
+    return pipe
+
+
+def another_scheduler():
+    pipe = Harness().pipe
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    return pipe
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"config": replace(CONFIG, seed=8)}, "of another run .config is"),
-        ({"config": replace(CONFIG, places=3)}, "of another run .config is"),
-        ({"prompts": [*PROMPTS[:4], "zz"]}, "of another run .prompts is"),
-        ({"num_inference_steps": 4}, "of another run .call is"),
-        ({"pipe": "another"}, "of another run .model is"),
+        ({"config": replace(CONFIG, seed=8)}, "config.seed is 7 in the store and 8 here; choose another folder, or"),
+        ({"config": replace(CONFIG, places=3)}, "config.places is nothing in the store and 3 here"),
+        ({"config": replace(CONFIG, branches=("cond",))}, r'is \["cond", "uncond"\] in the store and \["cond"\] here'),
+        ({"prompts": [*PROMPTS[:4], "zz"]}, "run: prompts has other contents; choose"),
+        ({"num_inference_steps": 4}, "call.num_inference_steps is 3 in the store and 4 here"),
+        ({"eta": 0.5, "guidance_rescale": 0.1}, "call.eta is nothing in .* call.guidance_rescale is nothing in"),
+        ({"pipe": another_unet}, "model.weights.unet has other contents"),
+        ({"pipe": another_text_encoder}, "model.weights.text_encoder has other contents"),
+        ({"pipe": another_scheduler}, "model.scheduler.timestep_spacing is leading in the store and trailing here"),
     ],
 )
 def test_another_run_is_not_mixed_in(finished, tmp_path, change, sentence):
     shutil.copytree(finished, tmp_path / "copy")
     if "pipe" in change:
-        change = {"pipe": another_unet()}
+        change = {"pipe": change["pipe"]()}
     with pytest.raises(InputError, match=sentence):
         stored(tmp_path / "copy", **change)
     assert files(tmp_path / "copy") == files(finished)
+
+
+def test_a_store_of_an_older_version_is_not_gone_on_with_and_can_be_read(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "copy")
+    file = tmp_path / "copy" / SITE / "manifest.json"
+    manifest = json.loads(file.read_text())
+    file.write_text(json.dumps({**manifest, "model": {"name": "tiny", "weights": "0" * 64}}))
+    with pytest.raises(InputError, match="that an older version of diffusers_sae stored"):
+        stored(tmp_path / "copy")
+    assert len(ActivationStore(tmp_path / "copy" / SITE)) == len(ActivationStore(finished / SITE))
 
 
 def altered(folder, change):
@@ -174,6 +202,12 @@ def altered(folder, change):
         (folder / "manifest.json").write_text(json.dumps({**manifest, "schema": 99}))
     if change == "no json":
         (folder / "manifest.json").write_text("{")
+    if change == "keys":
+        (folder / "manifest.json").write_text(json.dumps({"schema": 1, "complete": True, "shards": []}))
+    if change == "shards":
+        (folder / "manifest.json").write_text(json.dumps({**manifest, "shards": [{"file": "000000.safetensors"}]}))
+    if change == "random":
+        (folder / "manifest.json").write_bytes(bytes(range(128, 256)))
     if change == "nothing":
         (folder / "manifest.json").unlink()
 
@@ -187,6 +221,9 @@ def altered(folder, change):
         ("incomplete", "is not complete; run store_activations as before"),
         ("schema", "has schema 99, and this version reads 1"),
         ("no json", "manifest.json cannot be read"),
+        ("keys", "manifest.json does not say site, model, scheduler, prompts, call, config"),
+        ("shards", "manifest.json does not say what its shards are"),
+        ("random", "manifest.json cannot be read"),
         ("nothing", "holds no store of activations"),
     ],
 )
@@ -196,22 +233,38 @@ def test_a_store_that_is_not_whole_is_refused(finished, tmp_path, change, senten
     with pytest.raises(InputError, match=sentence) as error:
         ActivationStore(folder)
     assert str(error.value).endswith(".")
+    if change not in ("a byte", "incomplete", "nothing"):  # nor is it gone on with
+        shutil.copytree(finished, tmp_path / "both")
+        altered(tmp_path / "both" / SITE, change)
+        with pytest.raises(InputError, match=sentence):
+            stored(tmp_path / "both")
 
 
-def test_a_full_disk_stops_the_run_which_then_goes_on(finished, tmp_path, monkeypatch):
+@pytest.mark.parametrize("moment", [1, 4])
+def test_a_full_disk_stops_the_run_which_then_goes_on(finished, tmp_path, monkeypatch, moment):
+    """The limit stands in for the disk's: the system refuses the file once it has written some of it."""
     save, calls = storing.save_file, []
 
     def full(tensors, path):
         calls.append(path)
-        if len(calls) == 4:
-            path.write_bytes(b"half")
-            raise OSError(errno.ENOSPC, "No space left on device")
-        save(tensors, path)
+        if len(calls) < moment:
+            return save(tensors, path)
+        with file_limit(1000):
+            return save(tensors, path)
 
     monkeypatch.setattr(storing, "save_file", full)
-    with pytest.raises(InputError, match="is full after 2 images; make room and run the same again"):
+    with pytest.raises(InputError, match=r"00000\d.safetensors cannot be written \(File too large\); make room"):
         stored(tmp_path)
+    monkeypatch.setattr(storing, "save_file", save)
     assert not list(tmp_path.rglob("*.part"))
+    stored(tmp_path)
+    assert files(tmp_path) == files(finished)
+
+
+def test_a_full_disk_stops_the_manifest_too(finished, tmp_path):
+    with file_limit(200), pytest.raises(InputError, match=r"manifest.json cannot be written \(File too large\)"):
+        stored(tmp_path)
+    assert not list(tmp_path.iterdir())
     stored(tmp_path)
     assert files(tmp_path) == files(finished)
 
@@ -222,12 +275,48 @@ def test_a_full_disk_stops_the_run_which_then_goes_on(finished, tmp_path, monkey
         ({"config": replace(CONFIG, max_bytes=100_000)}, r"take [\d,]+ bytes in .* and 100,000 are allowed"),
         ({"config": replace(CONFIG, images=6)}, "There are 5 prompts for 6 images"),
         ({"config": replace(CONFIG, branches=("perturbed",))}, "held no rows of perturbed; it held cond, uncond"),
+        ({"sites": (SITE, "unet.nowhere")}, "'unet.nowhere' does not exist"),
+        ({"prompts": "ab"}, r"prompts takes a list of prompts; pass \['ab'\]"),
+        ({"prompts": [*PROMPTS[:4], 5]}, "Prompt 4 is 5, no string"),
     ],
 )
-def test_what_cannot_be_stored_writes_no_shard(tmp_path, change, sentence):
+def test_what_is_refused_leaves_nothing_and_can_be_stored_after_a_change(finished, tmp_path, change, sentence):
     with pytest.raises(InputError, match=sentence):
-        stored(tmp_path, **change)
-    assert not list(tmp_path.rglob("*.safetensors*"))
+        stored(tmp_path / "store", **change)
+    assert not (tmp_path / "store").exists()
+    stored(tmp_path / "store")
+    assert files(tmp_path / "store") == files(finished)
+
+
+def test_a_half_finished_store_is_left_as_it_is_by_what_is_refused(finished, tmp_path, monkeypatch):
+    save, calls = storing.save_file, []
+
+    def stopping(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise Stop
+        save(*arguments)
+
+    monkeypatch.setattr(storing, "save_file", stopping)
+    with pytest.raises(Stop):
+        stored(tmp_path)
+    before = files(tmp_path)
+    for change in ({"config": replace(CONFIG, seed=8)}, {"config": replace(CONFIG, max_bytes=100)}):
+        with pytest.raises(InputError):
+            stored(tmp_path, **change)
+        assert files(tmp_path) == before
+    (tmp_path / SITE / "notes.txt").write_text("mine")
+    stored(tmp_path)
+    assert (tmp_path / SITE / "notes.txt").read_text() == "mine"
+    (tmp_path / SITE / "notes.txt").unlink()
+    assert files(tmp_path) == files(finished)
+
+
+def test_a_folder_that_another_process_writes_is_refused(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "copy")
+    with hold_folder(tmp_path / "copy" / SITE), pytest.raises(InputError, match="Another process is writing"):
+        stored(tmp_path / "copy")
+    stored(tmp_path / "copy")
 
 
 def test_bad_configs():

@@ -151,6 +151,16 @@ def test_prompts_without_words(sd, tmp_path):
     assert sum(len(batch) for batch in store.batches(1)) == len(store)
     with pytest.raises(InputError, match="No prompt has a token that is kept at .*; pass other prompts"):
         store_activations(sd.pipe, [LAYER], [""] * 3, tmp_path / "none", config)
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_plan_acts_on_text_encoders_and_is_compared(sd, tmp_path):
+    config = StoreConfig(2, tokens="words")
+    store_activations(sd.pipe, [LAYER], PROMPTS, tmp_path, config)
+    sd.pipe.load_sae(random_sae(8), LAYER, adapter_name="words")
+    store_activations(sd.pipe, [LAYER], PROMPTS, tmp_path, config)
+    with sd.pipe.steering({3: 2.0}), pytest.raises(InputError, match="model.plan.words is nothing in the store and"):
+        store_activations(sd.pipe, [LAYER], PROMPTS, tmp_path, config)
 
 
 def test_the_manifest_says_what_the_text_encoder_was_given(tmp_path):

@@ -192,7 +192,7 @@ def test_pictures_with_noise(monkeypatch, capsys, folder):
     assert done(monkeypatch, capsys, *command) == told
     Image.new("RGB", (16, 16), (1, 1, 1)).save(folder / "pictures" / "0.webp")
     code, shown = run(monkeypatch, capsys, *map(str, command))
-    assert code == 2 and "holds activations of another run" in shown
+    assert code == 2 and "is of another run: call.images has other contents" in shown
 
 
 def test_help_names_every_command(monkeypatch, capsys):

@@ -7,13 +7,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
-from conftest import SITE, Harness, Stop
+from conftest import SITE, Harness, Stop, file_limit
 from kinds import KINDS
 
 from diffusers_sae import InputError
 from diffusers_sae.capture import StoreConfig, store_activations
+from diffusers_sae.disk import hold_folder
 from diffusers_sae.saes import ARCHITECTURES
-from diffusers_sae.training import SAETrainer, TrainingConfig, train_on_store, trainer
+from diffusers_sae.training import SAETrainer, TrainingConfig, train_on_store
 
 CONFIG = TrainingConfig(steps=24, batch_size=128, lr=3e-3, dead_after=500, sparsity=0.3)
 CALL = {"num_inference_steps": 3, "guidance_scale": 5.0, "height": 16, "width": 16}
@@ -26,10 +27,10 @@ def stored(tmp_path_factory):
     return store_activations(Harness().pipe, [SITE], list("abcdef"), folder, config, **CALL)[SITE]
 
 
-def trained(stored, folder, kind=("TopKSAE", {"k": 4}), config=CONFIG, **kwargs):
+def trained(stored, folder, kind=("TopKSAE", {"k": 4}), config=CONFIG, latents=32, **kwargs):
     name, arguments = kind
     return train_on_store(
-        stored, lambda d: ARCHITECTURES[name](d, 32, **arguments), folder, config,
+        stored, lambda d: ARCHITECTURES[name](d, latents, **arguments), folder, config,
         **{"checkpoint_every": 5, "log_every": 2, **kwargs},
     )  # fmt: skip
 
@@ -69,7 +70,7 @@ def test_a_stop_while_a_checkpoint_is_written_leaves_the_last_one(stored, tmp_pa
             raise Stop
         save(state, file)
 
-    monkeypatch.setattr(trainer.torch, "save", half)
+    monkeypatch.setattr(torch, "save", half)
     with pytest.raises(Stop):
         trained(stored, tmp_path / "stopped")
     found = trained(stored, tmp_path / "stopped").state_dict()
@@ -108,9 +109,12 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_state(stored, tmp_pa
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"seed": 1}, "is of another store or seed; delete it to begin anew"),
-        ({"config": replace(CONFIG, lr=1e-3)}, "was made with"),
-        ({"config": replace(CONFIG, optimizer="adafactor")}, "was made with"),
+        ({"seed": 1}, "run: seed is 0 in the checkpoint and 1 here; start has other contents; delete it to begin"),
+        ({"config": replace(CONFIG, lr=1e-3)}, "run: training.lr is 0.003 in the checkpoint and 0.001 here; delete"),
+        ({"config": replace(CONFIG, optimizer="adafactor")}, "optimizer is adam in the checkpoint and adafactor here"),
+        ({"kind": ("TopKSAE", {"k": 9})}, "run: sae.k is 4 in the checkpoint and 9 here; delete it to begin anew"),
+        ({"kind": ("ReLUSAE", {})}, "run: sae.class is TopKSAE in the checkpoint and ReLUSAE here"),
+        ({"latents": 64}, "sae.n_latents is 32 in the checkpoint and 64 here"),
         ({"config": replace(CONFIG, batch_size=5000)}, "has 1152 rows, fewer than the 5000 of a step"),
     ],
 )
@@ -120,6 +124,48 @@ def test_what_does_not_fit_is_refused(stored, tmp_path, change, sentence):
     with pytest.raises(InputError, match=sentence):
         trained(stored, tmp_path, **change)
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
+def test_other_rows_and_other_first_weights_are_refused(stored, tmp_path):
+    trained(stored, tmp_path)
+    with pytest.raises(InputError, match="run: store.rows is 1152 in the checkpoint and 768 here; store.count is 3 in"):
+        trained(stored.part(stop=2), tmp_path)
+
+    def other(d):
+        sae = ARCHITECTURES["TopKSAE"](d, 32, 4)
+        sae.b_enc.data[-1] = 1.0
+        return sae
+
+    with pytest.raises(InputError, match="run: start has other contents; delete it to begin anew"):
+        train_on_store(stored, other, tmp_path, CONFIG)
+
+
+def test_a_full_disk_stops_the_training_which_then_goes_on(stored, tmp_path, monkeypatch):
+    expected = trained(stored, tmp_path / "whole").state_dict()
+    save, calls = torch.save, []
+
+    def full(state, file):
+        calls.append(file)
+        if len(calls) != 3:
+            return save(state, file)
+        with file_limit(3000):
+            return save(state, file)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(InputError, match=r"checkpoint.pt cannot be written \(File too large\); make room and run the"):
+        trained(stored, tmp_path / "stopped")
+    assert sorted(file.name for file in (tmp_path / "stopped").iterdir()) == ["checkpoint.pt", "log.jsonl"]
+    found = trained(stored, tmp_path / "stopped").state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert logged(tmp_path / "stopped") == logged(tmp_path / "whole")
+
+
+def test_what_is_refused_leaves_no_folder_and_a_folder_in_use_is_left_alone(stored, tmp_path):
+    with pytest.raises(InputError, match="takes its rows in order"):
+        trained(stored, tmp_path / "sae", ("ChannelAwareSAE", {"channels": 4}))
+    assert not (tmp_path / "sae").exists()
+    with hold_folder(tmp_path / "sae"), pytest.raises(InputError, match="Another process is writing"):
+        trained(stored, tmp_path / "sae")
 
 
 def test_figures_go_to_a_tracker(stored, tmp_path):

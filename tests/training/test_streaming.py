@@ -10,6 +10,7 @@ from conftest import SITE, Harness, Stop
 
 from diffusers_sae import InputError, TopKSAE
 from diffusers_sae.capture import stream_activations
+from diffusers_sae.disk import hold_folder
 from diffusers_sae.saes import ReLUSAE
 from diffusers_sae.training import SAETrainer, StreamedSAE, StreamingConfig, TrainingConfig, train_on_stream
 from diffusers_sae.training.losses import fraction_of_variance_unexplained
@@ -145,18 +146,101 @@ def test_a_run_that_is_stopped_ends_with_the_same_bits(tmp_path, steps_left, con
         assert (tmp_path / "stopped" / f"{site}.jsonl").read_text() == log
 
 
-def test_a_checkpoint_of_another_run_is_refused(tmp_path):
-    run(tmp_path)
-    before = (tmp_path / "checkpoint.pt").read_bytes()
-    with pytest.raises(InputError, match="was made with .* delete it to begin anew"):
-        run(tmp_path, config=replace(CONFIG, rows=64))
-    one = {SITE: lambda d: TopKSAE(d, 32, 4)}
-    with pytest.raises(InputError, match="is of the SAEs .* delete it to begin anew"):
-        train_on_stream(Harness().pipe, one, prompts(), CONFIG, tmp_path, training={"lr": 3e-3}, **CALL)
-    both = {site: lambda d: TopKSAE(d, 32, 4) for site in SITES}
-    with pytest.raises(InputError, match="was made with .* delete it to begin anew"):
-        train_on_stream(Harness().pipe, both, prompts(), CONFIG, tmp_path, training={"lr": 1e-3}, **CALL)
-    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+def again(folder, pipe=None, k=4, cls=TopKSAE, words=None, sites=SITES, config=CONFIG, training=None, **call):
+    makers = {site: lambda d: cls(d, 32, *([k] if cls is TopKSAE else [])) for site in sites}
+    arguments = {"training": {"lr": 3e-3, **(training or {})}, **CALL, **call}
+    return train_on_stream(pipe or Harness().pipe, makers, words or prompts(), config, folder, **arguments)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("done")
+    run(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"config": replace(CONFIG, rows=64)}, "run: config.rows is 128 in the checkpoint and 64 here; delete it to"),
+        ({"config": replace(CONFIG, seed=1)}, "config.seed is 0 in the checkpoint and 1 here"),
+        ({"sites": (SITE,)}, "run: saes.unet.mid_block is .* in the checkpoint and nothing here"),
+        ({"training": {"lr": 1e-3}}, "training.lr is 0.003 in the checkpoint and 0.001 here"),
+        ({"training": {"k_aux": 8}}, "training.k_aux is 64 in the checkpoint and 8 here"),
+        ({"k": 9}, "sae.k is 4 in the checkpoint and 9 here"),
+        ({"cls": ReLUSAE}, "sae.class is TopKSAE in the checkpoint and ReLUSAE here"),
+        ({"words": ["x"] * 24}, "run: prompts has other contents"),
+        ({"num_inference_steps": 7}, "run: call.num_inference_steps is 3 in the checkpoint and 7 here"),
+        ({"height": 32}, "run: call.height is 16 in the checkpoint and 32 here"),
+        ({"callback_on_step_end": lambda pipe, step, t, kept: kept}, "call.callback_on_step_end is nothing in"),
+        ({"trained": True}, "run: trained is false in the checkpoint and true here"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(done, change, sentence):
+    before = {file.name: file.read_bytes() for file in done.iterdir()}
+    with pytest.raises(InputError, match=sentence):
+        again(done, **change)
+    assert {file.name: file.read_bytes() for file in done.iterdir()} == before
+
+
+def test_a_checkpoint_of_another_pipeline_is_refused(done):
+    pipe = Harness().pipe
+    with torch.no_grad():
+        pipe.unet.conv_out.weight[-1, -1, -1, -1] += 0.5
+    with pytest.raises(InputError, match="run: model.weights.unet has other contents; delete it to begin anew"):
+        again(done, pipe)
+
+
+def test_a_run_goes_on_with_another_interval_of_checkpoints_and_with_prompts_that_it_does_not_take(done, steps_left):
+    steps_left[:] = [1]
+    again(done, config=replace(CONFIG, checkpoint_every=5), words=prompts(30))
+
+
+def test_another_trained_sae_to_go_on_with_is_refused(tmp_path):
+    sae = run(tmp_path / "first")[SITE]
+
+    def further(factor):
+        def make(d):
+            new = copy.deepcopy(sae).train()
+            new.W_enc.data *= factor
+            return new
+
+        makers, folder = {SITE: make}, tmp_path / "further"
+        return train_on_stream(Harness().pipe, makers, prompts(), CONFIG, folder, trained=True, **CALL)[SITE]
+
+    first, second = further(1.0), further(1.0)
+    assert torch.equal(first.W_enc, second.W_enc)
+    with pytest.raises(InputError, match="start has other contents; delete it to begin anew"):
+        further(1.5)
+
+
+def test_what_is_refused_leaves_no_folder_and_a_folder_in_use_is_left_alone(tmp_path):
+    for change, sentence in (
+        ({"words": prompts(6)}, "There are 6 prompts for 24 images; give one for each"),
+        ({"words": "abcdefghijklmnopqrstuvwxyz"}, "prompts takes a list of prompts"),
+        ({"sites": ("unet.nowhere",)}, "'unet.nowhere' does not exist"),
+        ({"config": replace(CONFIG, branch="perturbed")}, "held no rows of the branch 'perturbed'"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            again(tmp_path / "new" / "sae", **change)
+        assert not (tmp_path / "new").exists()
+    with hold_folder(tmp_path / "sae"), pytest.raises(InputError, match="Another process is writing"):
+        again(tmp_path / "sae")
+
+
+def test_what_a_kill_leaves_of_the_log_is_cut(tmp_path, steps_left):
+    """It is written before the checkpoint, and a kill between the two leaves a line too many, or half of one."""
+    run(tmp_path / "whole")
+    steps_left[:] = [150]
+    with pytest.raises(Stop):
+        run(tmp_path / "stopped")
+    steps_left[:] = [0]
+    log = tmp_path / "stopped" / f"{SITE}.jsonl"
+    assert log.exists()
+    with log.open("a") as file:
+        file.write('{"images": 16, "fvu": 0.5}\n{"images": 24, "fv')
+    run(tmp_path / "stopped")
+    assert log.read_text() == (tmp_path / "whole" / f"{SITE}.jsonl").read_text()
 
 
 def test_several_saes_of_a_site_are_what_each_would_be_alone(tmp_path):
@@ -200,8 +284,3 @@ def test_a_run_ends_with_a_checkpoint_wherever_its_images_end(tmp_path, steps_le
     for site in SITES:
         assert [json.loads(x)["images"] for x in (tmp_path / f"{site}.jsonl").read_text().splitlines()] == [8, 10]
         assert all(torch.equal(a, b) for a, b in zip(first[site].parameters(), again[site].parameters(), strict=True))
-
-
-def test_too_few_prompts_are_refused(tmp_path):
-    with pytest.raises(InputError, match="There were 6 prompts for 24 images; give one for each"):
-        run(tmp_path, prompts(6))

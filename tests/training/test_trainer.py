@@ -1,20 +1,19 @@
 """The trainer: losses against their definitions, gradients, folding of the scale, resumption."""
 
+import copy
+
 import pytest
 import torch
 from conftest import random_sae
 
-from diffusers_sae import InputError, TopKSAE
+from diffusers_sae import InputError, ReLUSAE, TopKSAE
+from diffusers_sae.capture.descriptions import describe
 from diffusers_sae.training import SAETrainer, TrainingConfig
+from diffusers_sae.training.checkpoints import read_checkpoint, write_checkpoint
 from diffusers_sae.training.losses import aux_k_loss, fraction_of_variance_unexplained
 from diffusers_sae.training.objectives import objective
 from diffusers_sae.training.optimizers import OPTIMIZERS
-from diffusers_sae.training.trainer import (
-    geometric_median,
-    read_checkpoint,
-    remove_parallel_gradient,
-    write_checkpoint,
-)
+from diffusers_sae.training.trainer import geometric_median, remove_parallel_gradient
 
 
 def sparse_data(n, d=32, features=48, active=3, seed=0):
@@ -131,9 +130,74 @@ def test_resumed_training_equals_uninterrupted(tmp_path, optimizer):
 
     for a, b in zip(run(False).parameters(), run(True).parameters(), strict=True):
         assert torch.equal(a, b)
-    other, _ = trainer_for(TopKSAE(32, 64, 3), steps=41)
-    with pytest.raises(ValueError, match="delete it to begin anew"):
-        other.load_state_dict(read_checkpoint(tmp_path / "checkpoint.pt"))
+
+
+@pytest.mark.parametrize(
+    ("sae", "config", "sentence"),
+    [
+        (lambda: TopKSAE(32, 64, 3), {"steps": 41}, "run: training.steps is 40 in the checkpoint and 41 here; delete"),
+        (lambda: TopKSAE(32, 64, 9), {}, "run: sae.k is 3 in the checkpoint and 9 here"),
+        (lambda: TopKSAE(32, 64, 3, relu=False), {}, "run: sae.relu is true in the checkpoint and false here"),
+        (lambda: ReLUSAE(32, 64), {}, "run: sae.class is TopKSAE in the checkpoint and ReLUSAE here"),
+    ],
+)
+def test_the_state_of_another_run_is_refused(sae, config, sentence):
+    trainer, data = trainer_for(TopKSAE(32, 64, 3), steps=40)
+    trainer.step(data[:64])
+    other, _ = trainer_for(sae(), **{"steps": 40, **config})
+    before = describe(other.state_dict())
+    with pytest.raises(InputError, match=sentence):
+        other.load_state_dict(trainer.state_dict())
+    assert describe(other.state_dict()) == before
+
+
+def damaged(state, change):
+    if change == "no sae":
+        del state["sae"]
+    if change == "no weights":
+        del state["sae"]["W_dec"]
+    if change == "cut weights":
+        state["sae"]["W_enc"] = state["sae"]["W_enc"][:5]
+    if change == "cut moments":
+        state["optimizer"]["state"][0]["exp_avg"] = torch.zeros(3)
+    if change == "no optimizer":
+        state["optimizer"] = {}
+    if change == "cut counts":
+        state["rows_since_fired"] = state["rows_since_fired"][:5]
+    if change == "no config":
+        state["config"] = None
+    if change == "no average":
+        state["average"] = None
+    if change == "older":
+        del state["description"]
+    if change == "foreign":
+        return [1, 2]
+    return state
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ("no sae", "The checkpoint has no sae, so it is no checkpoint of this; delete it to begin anew"),
+        ("no weights", r"has no weights W_dec of shape \(64, 32\), so it is damaged; delete it to begin anew"),
+        ("cut weights", r"has no weights W_enc of shape \(64, 32\)"),
+        ("cut moments", "has no moment 0 exp_avg of shape"),
+        ("no optimizer", "The checkpoint's optimizer has no state, param_groups"),
+        ("cut counts", r"has no count rows_since_fired of shape \(64,\)"),
+        ("no config", "The checkpoint's config has no steps"),
+        ("no average", "The checkpoint's average has no shadow_params"),
+        ("older", "is of an older version and does not say of which SAE; delete it"),
+        ("foreign", "The checkpoint has no sae, optimizer"),
+    ],
+)
+def test_a_damaged_state_is_refused_and_changes_nothing(change, sentence):
+    trainer, data = trainer_for(TopKSAE(32, 64, 3), steps=40, ema=0.9)
+    trainer.step(data[:64])
+    other, _ = trainer_for(TopKSAE(32, 64, 3), steps=40, ema=0.9)
+    before = describe(other.state_dict())
+    with pytest.raises(InputError, match=sentence):
+        other.load_state_dict(damaged(copy.deepcopy(trainer.state_dict()), change))
+    assert describe(other.state_dict()) == before
 
 
 def test_a_loss_that_is_not_finite_stops_the_training():
@@ -141,16 +205,6 @@ def test_a_loss_that_is_not_finite_stops_the_training():
     trainer, data = trainer_for(sae)
     with pytest.raises(FloatingPointError, match="at step 0; lower the rate"):
         trainer.step(data[:10] * float("nan"))
-
-
-def test_a_checkpoint_that_cannot_be_read_is_refused(tmp_path):
-    assert read_checkpoint(tmp_path / "checkpoint.pt") is None
-    write_checkpoint(tmp_path / "checkpoint.pt", {"a": torch.zeros(1000)})
-    whole = (tmp_path / "checkpoint.pt").read_bytes()
-    for damaged in (whole[:2000], b"", b"no checkpoint", b"cos\nsystem\n(S'touch /tmp/never'\ntR."):
-        (tmp_path / "checkpoint.pt").write_bytes(damaged)
-        with pytest.raises(InputError, match="cannot be read as a checkpoint; delete it to begin anew"):
-            read_checkpoint(tmp_path / "checkpoint.pt")
 
 
 def test_average_weights_are_those_of_the_steps(tmp_path):
