@@ -232,7 +232,7 @@ def test_images_in_a_store(img2img, tmp_path):
     assert len(stored) == 3 * 3 * 64 and stored.shard(0)["image"].unique().tolist() == [0, 1]
     again = store_activations(harness.pipe, [SITE], PROMPTS[:3], tmp_path, config, images=images, **STRENGTHS)[SITE]
     assert again.manifest == stored.manifest
-    with pytest.raises(InputError, match="holds activations of another run"):
+    with pytest.raises(InputError, match="is of another run: call"):
         store_activations(harness.pipe, [SITE], PROMPTS[:3], tmp_path, config, images=images[::-1], **STRENGTHS)
 
 
