@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import SITE, Harness, Stop
+from conftest import SITE, Harness, Stop, random_sae
 
 from diffusers_sae import InputError
 from diffusers_sae.capture import ActivationStore, StoreConfig, store_activations
@@ -157,7 +157,7 @@ def test_prompts_without_words(sd, tmp_path):
 def test_the_plan_acts_on_text_encoders_and_is_compared(sd, tmp_path):
     config = StoreConfig(2, tokens="words")
     store_activations(sd.pipe, [LAYER], PROMPTS, tmp_path, config)
-    sd.pipe.load_sae(random_sae(8), LAYER, adapter_name="words")
+    sd.pipe.load_sae(random_sae(16), LAYER, adapter_name="words")
     store_activations(sd.pipe, [LAYER], PROMPTS, tmp_path, config)
     with sd.pipe.steering({3: 2.0}), pytest.raises(InputError, match="model.plan.words is nothing in the store and"):
         store_activations(sd.pipe, [LAYER], PROMPTS, tmp_path, config)
