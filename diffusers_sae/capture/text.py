@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -71,7 +72,8 @@ def stream_prompts(
 ) -> Iterator[TokenActivations]:
     """Run the pipeline's `encode_prompt` and yield what a site of a text encoder held, a batch of prompts at a time.
 
-    Edits in force at text encoders act. The denoiser does not run.
+    Edits in force at text encoders act, as they do in `pipe.capture`; reset the plan first to see the model itself, as
+    for `name_features`. The denoiser does not run.
 
     Args:
         keep: which tokens' rows are kept: `words`; `padded`, all but the one that begins the text; or `all`.
@@ -93,9 +95,13 @@ def stream_prompts_at(
     *,
     batch_size: int = 64,
     keep: str = "words",
+    steered: bool = True,
     **encode: Any,
 ) -> Iterator[dict[str, TokenActivations]]:
-    """`stream_prompts` for several sites, in one text encoder or in several, in one pass: `{path: what it held}`."""
+    """`stream_prompts` for several sites, in one text encoder or in several, in one pass: `{path: what it held}`.
+
+    Without `steered`, the plan rests while they run.
+    """
     places = [Site.of(site) for site in sites]
     check_sites(pipe, places, keep)
     tokenizers = {at.path: tokenizer_of(pipe, at) for at in places}
@@ -113,7 +119,7 @@ def stream_prompts_at(
                 seen[site.path] = LAYOUTS[site.layout].to_rows(x).detach().cpu(), context.ids.cpu()
 
         hooks = [(place, CaptureHook(at, take, lambda: state.armed)) for place, at in zip(modules, places, strict=True)]
-        with state.attached(hooks), state.reading(pipe):
+        with nullcontext() if steered else state.unsteered(), state.attached(hooks), state.reading(pipe):
             _encode(pipe, batch, encode)
         read = {}
         for at in places:

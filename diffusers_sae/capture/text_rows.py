@@ -35,10 +35,13 @@ class TextRows(NamedTuple):
     ) -> Iterator[tuple[int, int, dict[str, dict[str, torch.Tensor]]]]:
         """For each batch of prompts from the one numbered `skip` on: the first one's number, how many they are, and
         `{path: tensors}`, where the tensors are `rows (N, d)` and the labels `(N,)` of each: `timestep` and `branch`,
-        which are 0, `image`, the number of the prompt, `place`, the token's position, and `token`, its id.
+        which are 0, `image`, the number of the prompt, `place`, the token's position, and `token`, its id. The plan
+        rests while they are read.
         """
         first = skip
-        stream = stream_prompts_at(pipe, sites, prompts[skip:], batch_size=batch_size, keep=self.tokens, **encode)
+        stream = stream_prompts_at(
+            pipe, sites, prompts[skip:], batch_size=batch_size, keep=self.tokens, steered=False, **encode
+        )
         for read in stream:
             count = len(next(iter(read.values())).prompts)
             yield first, count, {path: self._tensors(held, first) for path, held in read.items()}

@@ -30,5 +30,7 @@ class KnownFeatures:
         return rows + self._noise * torch.randn(n, d, generator=self._generator)
 
     def recovered(self, directions: torch.Tensor, cosine: float = 0.9) -> float:
-        """The share of features with one of `directions (n, d)` at a cosine above `cosine`."""
+        """The share of features with one of `directions (n, d)` at a cosine above `cosine`; 0 if there is none."""
+        if not len(directions):
+            return 0.0
         return float(((self.directions @ F.normalize(directions.detach(), dim=-1).T).amax(1) > cosine).float().mean())

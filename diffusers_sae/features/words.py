@@ -164,8 +164,8 @@ def name_features(
     """Every latent that fires with the word of its largest mean activation, the best detectors first.
 
     Args:
-        seen, held_out: of the SAE's site. Word and bound are chosen on the first, precision and recall measured on the
-            second.
+        seen, held_out: of the SAE's site, read with no edit in force there. Word and bound are chosen on the first,
+            precision and recall measured on the second.
         unit: `word`: a latent belongs to the word on which it fires; `caption`: to the word in whose captions it fires,
             be it on later tokens, which know what came before.
         fewest: occurrences in `seen` that a word needs to name a latent.

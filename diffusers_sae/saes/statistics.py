@@ -67,7 +67,9 @@ class LatentStatistics:
 
     def save(self, folder: Path) -> None:
         """Write `statistics.safetensors` into an SAE's folder."""
-        save_file({f.name: getattr(self, f.name).float().contiguous() for f in fields(self)}, folder / FILE)
+        # clones, since tensors that share memory cannot be saved
+        tensors = {f.name: getattr(self, f.name).float().contiguous().clone() for f in fields(self)}
+        save_file(tensors, folder / FILE)
 
     @classmethod
     def load(cls, folder: Path) -> LatentStatistics | None:

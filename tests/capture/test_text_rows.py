@@ -169,3 +169,16 @@ def test_the_manifest_says_what_the_text_encoder_was_given(tmp_path):
     manifest = json.loads((tmp_path / path / "manifest.json").read_text())
     assert manifest["call"] == {"clean_caption": True, "max_sequence_length": 9}
     assert manifest["config"]["branches"] == ["cond"]
+
+
+def test_stores_do_not_depend_on_the_plan(sd, tmp_path):
+    def stored(folder):
+        return store_activations(sd.pipe, [LAYER], PROMPTS, folder, StoreConfig(5, dtype="float32"))[LAYER].shard(0)
+
+    bare = stored(tmp_path / "bare")["rows"]
+    torch.manual_seed(1)
+    sd.pipe.load_sae(random_sae(16, site={"path": LAYER}))
+    sd.pipe.steer({3: 9.0})
+    steered = sd.run()
+    assert torch.equal(stored(tmp_path / "steered")["rows"], bare)
+    assert torch.equal(sd.run(), steered)

@@ -30,4 +30,5 @@ def test_recovered_counts_features_with_a_direction_near_them():
     near = made.directions[:3] * 5 + 0.05 * torch.randn(3, 32)
     assert made.recovered(near) == 3 / 8
     assert made.recovered(-made.directions) == 0
+    assert made.recovered(torch.zeros(3, 32)) == 0 and made.recovered(torch.empty(0, 32)) == 0
     assert made.recovered(made.directions, cosine=0.999) == 1

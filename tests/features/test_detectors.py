@@ -139,6 +139,13 @@ def test_detectors_do_not_depend_on_the_plan(sd, sae):
     assert torch.equal(sd.run(), steered)
 
 
+def test_a_detector_of_one_concept_is_saved(tmp_path):
+    detector = fitted(np.eye(40, 4, dtype=np.float32), [True, False] * 20)
+    detector.save(tmp_path)
+    again = ConceptDetectors.load(tmp_path)
+    assert torch.equal(again.bounds, detector.bounds) and torch.equal(again.accuracy, detector.accuracy)
+
+
 def test_labels_that_tell_nothing_apart(sd):
     with pytest.raises(InputError, match="Too few prompts do without a; add some"):
         concept_detectors(sd.pipe, {SITE: random_sae()}, [("aaaa", ["a"])] * 8, ["a"], **CALL)

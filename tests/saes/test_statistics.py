@@ -43,6 +43,13 @@ def test_a_sparse_code_of_a_dense_one_loses_nothing():
     assert SparseCode.of(torch.zeros(2, 5)).values.shape == (2, 1)
 
 
+def test_statistics_that_share_memory_are_saved(tmp_path):
+    mean = torch.rand(2, 4)
+    LatentStatistics(torch.tensor([9.0, 1.0]), mean, mean, torch.rand(4, 2).T).save(tmp_path)
+    again = LatentStatistics.load(tmp_path)
+    assert torch.equal(again.mean, mean) and torch.equal(again.max, mean)
+
+
 def test_no_codes_have_no_statistics():
     accumulator = StatisticsAccumulator(4)
     accumulator.add(1.0, SparseCode(torch.empty(0, 2), torch.empty(0, 2, dtype=torch.long)))
