@@ -81,7 +81,7 @@ def of_the_demo() -> list[str]:
         if each[0] == max(each) and "up_blocks" in site:
             span = f"{number(min(each), 3)} to {number(max(each[1:]), 3)}, and {number(each[0], 3)} at pure noise"
         assert sae["dead"] == 0
-        sentences.append(f"FVU {number(sae['fvu'], 3)}; by timestep {span}; no dead latent")
+        sentences.append(f"FVU {number(sae['fvu'], 3)}; by timestep {span}; no latent dead on 256 images")
     return sentences
 
 
