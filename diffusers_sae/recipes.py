@@ -86,9 +86,10 @@ def edits_of(recipe: Any, loaded: Mapping[str, LoadedSAE]) -> dict[str, list[Edi
 def read_json(path: str | os.PathLike) -> Any:
     """The data of a JSON file; raises `InputError`."""
     try:
-        return json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as JSON ({error}); pass the path of a recipe.") from None
+        return json.loads(Path(path).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{path} cannot be read as JSON ({reason}); pass the path of a recipe.") from None
 
 
 def _check_sae(name: str, told: Any, loaded: Mapping[str, LoadedSAE]) -> None:
@@ -97,9 +98,9 @@ def _check_sae(name: str, told: Any, loaded: Mapping[str, LoadedSAE]) -> None:
             f"The recipe needs an SAE named {name!r}; load it first by load_sae(..., adapter_name={name!r})."
         )
     one = loaded[name]
-    if not isinstance(told, dict) or "sha256" not in told or "site" not in told:
+    if not isinstance(told, dict) or not isinstance(told.get("sha256"), str) or told.get("site") is None:
         raise InputError(f"The recipe does not say the site and the sha256 of the SAE {name!r}; save it again.")
-    if told["site"] != one.site.as_dict():
+    if Site.of(told["site"]) != one.site:
         raise InputError(
             f"The recipe has the SAE {name!r} at {_named(told['site'])} and it is loaded at {one.site}; load it there."
         )
@@ -156,7 +157,7 @@ def _read(written: Mapping[str, Any], loaded: Mapping[str, LoadedSAE]) -> Edit:
     if unknown := set(written) - {*AS_GIVEN, "adapter_name", "features", "when", "mask"}:
         raise InputError(f"{', '.join(sorted(unknown))} is unknown to this version.")
     one = loaded[written["adapter_name"]]
-    given = {key: written[key] for key in AS_GIVEN if key in written}
+    given = {key: written[key] for key in AS_GIVEN if written.get(key) is not None}
     mask = torch.tensor(written["mask"]) if written.get("mask") is not None else None
     return make_edit(
         {_feature(f): _given_strength(s) for f, s in written["features"].items()},
@@ -190,6 +191,6 @@ def _rule(written: Mapping[str, Any], loaded: Mapping[str, LoadedSAE]) -> Rule:
     if name not in loaded:
         raise InputError(f"a rule looks at the SAE {name!r}, which is not loaded.")
     rule = Rule(
-        {_feature(f): w for f, w in written["features"].items()}, written["above"], name, written.get("at", "image")
+        {_feature(f): w for f, w in written["features"].items()}, written["above"], name, written.get("at") or "image"
     )
     return checked_rule(rule, name, loaded[name].sae)

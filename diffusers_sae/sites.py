@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple
 
@@ -25,9 +25,26 @@ ALIASES = {"w": "generator.w", "latent": "autoencoder.latent"}
 """Short names of paths."""
 
 
+WRAPPERS = ("text_model", "language_model", "model")
+"""Modules that some versions of transformers put around a text encoder's blocks, and others don't."""
+
+
+def canonical_path(path: str) -> str:
+    """A site's path as every version of transformers could call it: in text encoders, without what wraps the blocks."""
+    component, _, rest = path.partition(".")
+    return f"{component}.{_unwrapped_path(rest)}" if component in TEXT_ENCODERS and rest else path
+
+
+def _unwrapped_path(rest: str) -> str:
+    return ".".join(part for part in rest.split(".") if part not in WRAPPERS)
+
+
 @dataclass(frozen=True)
 class Site:
     """A named tensor of a pipeline.
+
+    Two sites are equal if they name the same tensor in some version of transformers:
+    `text_encoder.text_model.encoder.layers.10` is `text_encoder.encoder.layers.10`.
 
     Args:
         path: pipe-relative, such as `unet.up_blocks.1.attentions.1`; or `w`, StyleGAN's w with its layers as rows;
@@ -64,6 +81,16 @@ class Site:
         if not isinstance(told, Mapping) or not isinstance(told.get("path"), str) or not set(told) <= set(known):
             raise InputError(f"{site!r} is no site; pass a path, or an object of a path and {', '.join(known[1:])}.")
         return cls(**told)
+
+    @property
+    def _identity(self) -> tuple[str, str, str, str]:
+        return canonical_path(self.path), self.kind, self.stream, self.layout
+
+    def __eq__(self, other: object) -> bool:
+        return self._identity == other._identity if isinstance(other, Site) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._identity)
 
     def as_dict(self) -> dict[str, str]:
         return asdict(self)
@@ -262,6 +289,8 @@ def resolve(pipe: Any, site: Site) -> Place:
             f"{site.path!r} cannot be steered as a whole: sites are blocks in it; choose one of "
             f"{', '.join(f'{component}.{n}' for n in blocks[:3])}, for example."
         )
+    if rest not in modules and component in TEXT_ENCODERS:
+        rest = _elsewhere(rest, modules)
     if rest not in modules:
         near = difflib.get_close_matches(rest, modules, n=3, cutoff=0.0)
         raise InputError(
@@ -269,6 +298,12 @@ def resolve(pipe: Any, site: Site) -> Place:
             f"{', '.join(f'{component}.{n}' for n in near)}."
         )
     return Place(component, root, modules[rest])
+
+
+def _elsewhere(rest: str, modules: Collection[str]) -> str:
+    """The path under which this version of transformers has what `rest` names in another; `rest`, if there is none."""
+    same = [name for name in modules if name and _unwrapped_path(name) == _unwrapped_path(rest) != ""]
+    return same[0] if len(same) == 1 else rest
 
 
 def _place_of_argument(pipe: Any, site: Site) -> Place:

@@ -117,7 +117,7 @@ def put(value, *path):
         (edit(branch="left"), "'left' is not a branch"),
         (edit(unit="mean"), "needs the SAE's statistics"),
         (edit(start=0.9), "it needs 0 <= start < stop <= 1"),
-        (edit(start=None), "Edit 0 of the recipe cannot be read"),
+        (edit(start=None), "Edit 0 of the recipe cannot be"),
         (edit(features={}), "at least one feature"),
         (edit(features={"99": 1.0}), "Feature 99 is out of range"),
         (edit(features={"x": 1.0}), "'x' is not a feature"),
@@ -126,7 +126,7 @@ def put(value, *path):
         (edit(features={"3": {"timesteps": [1.0], "values": [1.0, 2.0]}}), "as many values as timesteps"),
         (edit(features={"3": {"values": [1.0]}}), "Edit 0 of the recipe cannot be read: 'timesteps'"),
         (edit(mask=[[[2.0]]]), "values outside 0 to 1"),
-        (edit(mask=[[1.0], [1.0, 0.0]]), "Edit 0 of the recipe cannot be read"),
+        (edit(mask=[[1.0], [1.0, 0.0]]), "Edit 0 of the recipe cannot be"),
         (edit(tokens=[3]), "tokens are for sites of text"),
         (edit(when={"adapter_name": "third", "features": {"1": 1.0}, "above": 0}), "'third', which is not loaded"),
         (edit(when={"adapter_name": "hand", "features": {"77": 1.0}, "above": 0}), "Feature 77 is out of range"),
@@ -160,3 +160,43 @@ def test_files_that_are_no_json(tmp_path, content):
 def test_a_recipe_of_saes_that_are_not_loaded(written):
     with pytest.raises(InputError, match="needs an SAE named 'other'; load it first"):
         with_saes("hand").pipe.load_recipe(written[1])
+
+
+OPTIONAL = ["mode", "start", "stop", "branch", "unit", "tokens", "preserve_norm", "when", "mask"]
+
+
+@pytest.mark.parametrize("name", OPTIONAL)
+def test_null_is_a_field_that_is_missing(name, tmp_path):
+    harness = with_saes("hand")
+    harness.pipe.steer({3: 5.0}, "hand")
+    harness.pipe.save_recipe(tmp_path / "plan.json")
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    plan["edits"][0][name] = plan["base_model"] = plan["saes"]["hand"]["architecture"] = None
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    fresh = with_saes("hand")
+    fresh.pipe.load_recipe(tmp_path / "plan.json")
+    assert torch.equal(fresh.run(), harness.run())
+
+
+NULL = {
+    "a strength": (lambda plan: plan["edits"][0]["features"].update({"7": None}), "Edit 0 of the recipe cannot be"),
+    "features": (lambda plan: plan["edits"][0].update(features=None), "Edit 0 of the recipe cannot be"),
+    "a site": (lambda plan: plan["saes"]["hand"].update(site=None), "does not say the site and the sha256"),
+    "a sum": (lambda plan: plan["saes"]["hand"].update(sha256=None), "does not say the site and the sha256"),
+    "a path": (lambda plan: plan["saes"]["hand"]["site"].update(path=None), "is no site; pass a path"),
+    "the edits": (lambda plan: plan.update(edits=None), "its edits a list"),
+    "the saes": (lambda plan: plan.update(saes=None), "saes must be an object"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", NULL)
+def test_null_for_what_a_recipe_needs_is_refused(what, written):
+    change, sentence = NULL[what]
+    plan = json.loads(written[1].read_text())
+    change(plan)
+    written[1].write_text(json.dumps(plan))
+    fresh = with_saes()
+    bare = fresh.run()
+    with pytest.raises(InputError, match=sentence):
+        fresh.pipe.load_recipe(written[1])
+    assert torch.equal(fresh.run(), bare)

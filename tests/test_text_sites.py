@@ -136,3 +136,46 @@ def test_images_count_on_where_only_text_is_captured():
         harness.run(prompt=["ab", "cd"])
         harness.run(prompt="ef")
     assert activations[path].image.unique().tolist() == [0, 1, 2]
+
+
+OTHER_VERSIONS = {
+    "Stable Diffusion": "text_encoder.text_model.encoder.layers.0",
+    "SDXL": "text_encoder_2.encoder.layers.0",
+    "PixArt-Sigma": "text_encoder.model.encoder.block.1",
+}
+"""The same layers, as other versions of transformers call them."""
+
+
+@pytest.mark.parametrize("kind", OTHER_VERSIONS)
+def test_a_layer_is_found_as_another_version_of_transformers_calls_it(kind, recwarn, tmp_path):
+    images = []
+    path, width = LAYERS[kind]
+    for trained, loaded_at in ((path, None), (OTHER_VERSIONS[kind], None), (path, OTHER_VERSIONS[kind])):
+        harness = Harness(kind)
+        torch.manual_seed(1)
+        harness.pipe.load_sae(random_sae(width, site={"path": trained}), loaded_at, adapter_name="text")
+        if images:
+            harness.pipe.load_recipe(tmp_path / "plan.json")
+        else:
+            harness.pipe.steer({3: 9.0})
+            harness.pipe.save_recipe(tmp_path / "plan.json")
+        _, image = read(harness, loaded_at or trained)
+        images.append(image)
+    assert torch.equal(images[0], images[1]) and torch.equal(images[0], images[2])
+    assert not any("was trained at" in str(warning.message) for warning in recwarn)
+
+
+def test_the_identity_of_a_site_is_that_of_every_version():
+    for kind, path in OTHER_VERSIONS.items():
+        here, there = Site(LAYERS[kind][0]), Site(path)
+        assert here == there and hash(here) == hash(there) and {here: 1}[there] == 1
+        assert there.path == path and there.as_dict()["path"] == path  # as it was given
+        assert here != Site(path, kind="update") and here != path
+    assert Site("unet.model.a") != Site("unet.a") and Site("text_encoder.encoder.layers.1") != here
+
+
+def test_a_check_of_a_layer_that_another_version_calls_otherwise(sd):
+    torch.manual_seed(1)
+    sd.pipe.load_sae(random_sae(16, site={"path": OTHER_VERSIONS["Stable Diffusion"]}))
+    found = sd.pipe.check_sae("ab", num_inference_steps=2)
+    assert found.site in found.candidates and len({site.path for site in found.candidates}) == 2

@@ -140,8 +140,8 @@ def _neighbours(pipe: Any, site: Site) -> list[str]:
     """Modules of the same class in the same component, the nearest in the order of its layers first."""
     place = resolve(pipe, site)
     paths = [f"{place.root_name}.{name}" for name, m in place.root.named_modules() if type(m) is type(place.module)]
-    own = paths.index(site.path)
-    return sorted((p for p in paths if p != site.path), key=lambda path: abs(paths.index(path) - own))
+    own = next(path for path in paths if replace(site, path=path) == site)  # maybe as another version calls it
+    return sorted((p for p in paths if p != own), key=lambda path: abs(paths.index(path) - paths.index(own)))
 
 
 def _could_have(place: Place, site: Site, width: int) -> bool:
