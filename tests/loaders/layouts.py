@@ -234,6 +234,27 @@ def sae_lens_old_topk(folder, g):
     return {}, lambda x: ((z := relu(topk((x - p) @ W.T + b))), z @ V + p)
 
 
+def sae_lens_finetuned(folder, g):
+    """Old files: finetuning multiplied the codes by a factor of each latent, which their decoder gets at loading."""
+    W, V, b, p = sae_lens(folder, g, tensors={"scaling_factor": g.theta}, finetuning_scaling_factor=True)
+    (theta,) = g["theta"]
+    return {}, lambda x: ((z := relu((x - p) @ W.T + b)), (z * theta) @ V + p)
+
+
+def sae_lens_not_finetuned(folder, g):
+    """They have factors of 1."""
+    W, V, b, p = sae_lens(folder, g, tensors={"scaling_factor": torch.ones(N)})
+    return {}, lambda x: ((z := relu((x - p) @ W.T + b)), z @ V + p)
+
+
+def sae_lens_training_batch_topk(folder, g):
+    """A checkpoint of a training: `save_inference_model` would have put the threshold into a JumpReLU SAE."""
+    threshold = {"topk_threshold": torch.tensor(0.4, dtype=torch.float64)}
+    W, V, b, p = sae_lens(folder, g, "batchtopk", threshold, k=float(K), rescale_acts_by_decoder_norm=True)
+    norms, theta = np.linalg.norm(V, axis=1), np.float64(np.float32(0.4))
+    return {}, lambda x: ((z := (v := relu(((x - p) @ W.T + b) * norms)) * (v > theta)), (z / norms) @ V + p)
+
+
 def sae_lens_jump_relu(folder, g):
     theta = g.theta.clone()
     theta[3] = -0.1
@@ -331,6 +352,20 @@ def saev_topk(folder, g):
     return {}, lambda x: ((z := topk(x @ W.T + b)), z @ V + p)
 
 
+def saev_first(folder, g):
+    """Release 0.1.0: a header without a schema, ReLU, and `b_dec` is subtracted."""
+    folder.mkdir(parents=True, exist_ok=True)
+    header = {
+        "d_vit": D, "exp_factor": 4, "sparsity_coeff": 4e-4, "n_reinit_samples": 524288, "ghost_grads": False,
+        "remove_parallel_grads": True, "normalize_w_dec": True, "seed": 0,
+    }  # fmt: skip
+    with (folder / "sae.pt").open("wb") as file:
+        file.write(json.dumps(header).encode() + b"\n")
+        torch.save({"W_enc": g.W.T, "b_enc": g.b, "W_dec": g.V, "b_dec": g.p}, file)
+    W, V, b, p = g["W V b p"]
+    return {}, lambda x: ((z := relu((x - p) @ W.T + b)), z @ V + p)
+
+
 def saev_relu(folder, g):
     W, V, b, p = saev(folder, g, "Relu", {})
     return {}, lambda x: ((z := relu(x @ W.T + b)), z @ V + p)
@@ -342,12 +377,25 @@ def saev_batch_topk(folder, g):
     return {}, lambda x: ((z := np.where((v := x @ W.T + b) > theta, v, 0)), z @ V + p)
 
 
-def openai(folder, g):
-    state = {
-        "pre_bias": g.p, "encoder.weight": g.W, "latent_bias": g.b, "decoder.weight": g.V.T,
-        "stats_last_nonzero": torch.zeros(N, dtype=torch.long), "activation": "TopK",
+def openai_buffers():
+    """What OpenAI's `Autoencoder` holds beside its weights."""
+    return {
+        "stats_last_nonzero": torch.zeros(N, dtype=torch.long), "latents_activation_frequency": torch.ones(N),
+        "latents_mean_square": torch.zeros(N),
+    }  # fmt: skip
+
+
+def openai_topk_state():
+    """What its `state_dict()` tells of TopK: in the state of the activation, and once more among the tensors."""
+    return {
+        "activation.k": K, "activation.postact_fn": "ReLU", "activation": "TopK",
         "activation_state_dict": {"k": K, "postact_fn": "ReLU"},
     }  # fmt: skip
+
+
+def openai(folder, g, **more):
+    state = {"pre_bias": g.p, "latent_bias": g.b, **openai_buffers()}
+    state |= {"encoder.weight": g.W, "decoder.weight": g.V.T, **openai_topk_state(), **more}
     write(folder, state, None, "autoencoder.pt")
     W, V, b, p = g["W V b p"]
 
@@ -359,11 +407,22 @@ def openai(folder, g):
     return {}, rule
 
 
+def openai_k_as_tensor(folder, g):
+    return openai(folder, g, **{"activation.k": torch.tensor(K), "activation_state_dict": None})
+
+
 def openai_relu(folder, g):
     state = {"pre_bias": g.p, "encoder.weight": g.W, "latent_bias": g.b, "decoder.weight": g.V.T, "activation": "ReLU"}
-    write(folder, state, None, "autoencoder.pt")
+    write(folder, {**state, **openai_buffers(), "activation_state_dict": {}}, None, "autoencoder.pt")
     W, V, b, p = g["W V b p"]
     return {}, lambda x: ((z := relu((x - p) @ W.T + b)), z @ V + p)
+
+
+def openai_tied(folder, g):
+    state = {"pre_bias": g.p, "encoder.weight": g.W, "latent_bias": g.b, "decoder.linear.weight": g.W}
+    write(folder, {**state, **openai_buffers(), "activation": "ReLU"}, None, "autoencoder.pt")
+    W, b, p = g["W b p"]
+    return {}, lambda x: ((z := relu((x - p) @ W.T + b)), z @ W + p)
 
 
 def vit_prisma(folder, g):
@@ -394,9 +453,10 @@ LAYOUTS = {
         sdxl_unbox, concept_steerers, sparsify, saeuron, saeuron_unit_norm, daujotas, re_n_y, stylegan,
         overcomplete_topk, overcomplete_jump, overcomplete_batch_topk, revelio, sae_lens_standard,
         sae_lens_not_applied, sae_lens_layer_norm, sae_lens_constant_norm, sae_lens_average_norm, sae_lens_topk,
-        sae_lens_topk_rescaled, sae_lens_old_topk, sae_lens_jump_relu, sae_lens_gated, dl_autoencoder,
-        dl_autoencoder_new, dl_gated, dl_jump_relu, dl_topk, dl_batch_topk, dl_matryoshka, saev_topk, saev_relu,
-        saev_batch_topk, openai, openai_relu, vit_prisma, vit_prisma_gated,
+        sae_lens_topk_rescaled, sae_lens_old_topk, sae_lens_finetuned, sae_lens_not_finetuned,
+        sae_lens_training_batch_topk, sae_lens_jump_relu, sae_lens_gated, dl_autoencoder,
+        dl_autoencoder_new, dl_gated, dl_jump_relu, dl_topk, dl_batch_topk, dl_matryoshka, saev_topk, saev_first,
+        saev_relu, saev_batch_topk, openai, openai_k_as_tensor, openai_relu, openai_tied, vit_prisma, vit_prisma_gated,
     )
 }  # fmt: skip
 

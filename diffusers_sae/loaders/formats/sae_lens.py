@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ OURS = "diffusers_sae"
 """Under `metadata`: the class and the arguments of an SAE of ours that was written in this layout."""
 
 
+TRAINING = ("batchtopk", "matryoshka_batchtopk")
+TRAINED_THRESHOLD = "topk_threshold"
 SCALE = "scaling_factor"
 """What finetuning multiplied the codes by, in old files."""
 EXTRA = {"gated": ("r_mag", "b_mag"), "jumprelu": ("threshold",)}
@@ -43,6 +46,8 @@ def _convert(weights: Weights) -> SparseAutoencoder:
     weights.check_told(d_sae=n, d_in=d)
     found["W_dec"] = found["W_dec"] * _scale(weights, n)
     found |= {name: weights.vector(name, n) for name in EXTRA.get(architecture, ())}
+    if architecture in TRAINING:
+        return _batch_topk(weights, found)
     _undo_conventions(weights, found, ["b_enc", *(["b_mag"] if "b_mag" in found else [])])
     told = weights.section("metadata").section(OURS).config
     if told.get("_class_name") in ARCHITECTURES:
@@ -55,9 +60,17 @@ def _convert(weights: Weights) -> SparseAutoencoder:
     return build(KINDS[architecture], arguments, found, weights.origin)
 
 
+def _batch_topk(weights: Weights, found: dict[str, torch.Tensor]) -> SparseAutoencoder:
+    """What a training saved; `save_inference_model` makes a JumpReLU SAE of it, with this threshold for all latents."""
+    _undo_conventions(weights, found, ["b_enc"])
+    found["threshold"] = found["b_enc"].new_full((), max(0.0, weights.scalar(TRAINED_THRESHOLD)))
+    arguments = {"k": math.ceil(weights.number("k")), "input_norm": _norm(weights)}
+    return build("BatchTopKSAE", arguments, found, weights.origin)
+
+
 def _architecture(weights: Weights) -> str:
     function = weights.config.get("activation_fn_str", weights.config.get("activation_fn"))
-    return "topk" if function == "topk" else weights.choice("architecture", KINDS, "standard")
+    return "topk" if function == "topk" else weights.choice("architecture", (*KINDS, *TRAINING), "standard")
 
 
 def _scale(weights: Weights, n: int) -> torch.Tensor | float:
@@ -160,6 +173,7 @@ FORMAT = Format(
     (
         Signature(TRANSFORMER_LENS, optional=(SCALE,)),
         Signature((*TRANSFORMER_LENS, "threshold"), optional=(SCALE,)),
+        Signature((*TRANSFORMER_LENS, TRAINED_THRESHOLD)),
         Signature(TRANSFORMER_LENS_GATED, optional=(SCALE,)),
     ),
     _convert,
