@@ -24,8 +24,8 @@ from .weights import Weights
 Source = str | os.PathLike | Mapping[str, torch.Tensor] | SparseAutoencoder
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 NAMES = (
-    WEIGHTS, "sae.safetensors", "sae_weights.safetensors", "model.safetensors", "state_dict.pth", "state_dict.pt",
-    "ae.pt", "sae.pt", "model.pt", "weights.pt",
+    WEIGHTS, "diffusion_pytorch_model.bin", "sae.safetensors", "sae_weights.safetensors", "model.safetensors",
+    "state_dict.pth", "state_dict.pt", "ae.pt", "sae.pt", "model.pt", "weights.pt",
 )  # fmt: skip
 """What weights files are called, from the most to the least preferred."""
 COMPANIONS = {
