@@ -1,7 +1,8 @@
 """Files that other libraries write, read by us; and ours, read by them: with their real classes.
 
 They are no dependencies. In an environment of their own: `python -m venv peers`,
-`peers/bin/pip install -r benchmarks/peers.txt -e . pytest`, `peers/bin/python -m pytest -m peers`. The largest
+`peers/bin/pip install -r benchmarks/peers.txt -e . pytest`, `peers/bin/python -m pytest -m peers`. saev is looked at,
+too, where it is installed (`--no-deps saev==0.1.0`, since what it asks for pulls a torchvision of its own). The largest
 differences go to `benchmarks/results/peer_formats.json`.
 """
 
@@ -32,7 +33,7 @@ D, N, K = 24, 96, 12
 def report():
     found = {}
     yield found
-    if len({name.split()[0] for name in found}) == 4:  # all libraries were there
+    if len({name.split()[0] for name in found} - {"saev"}) == 4:  # all libraries of peers.txt were there
         REPORT.write_text(json.dumps(found, indent=1) + "\n")
 
 
@@ -99,6 +100,42 @@ def test_sae_lens_batch_topk_becomes_jump_relu(tmp_path, report):
     compare(report, "sae-lens", "batchtopk, saved for inference", load_sae(tmp_path), codes, theirs.decode(codes))
 
 
+@pytest.mark.parametrize(
+    ("name", "options"), [("batchtopk", {}), ("matryoshka_batchtopk", {"matryoshka_widths": [24, N]})]
+)
+@torch.no_grad()
+def test_a_training_of_sae_lens_is_read_as_what_it_saves_for_inference(name, options, tmp_path, report):
+    lens = pytest.importorskip("sae_lens")
+    cls, config = lens.registry.get_sae_training_class(name)
+    sae = randomize(cls(config(d_in=D, d_sae=N, k=K, **options)))
+    sae.topk_threshold.fill_(0.5)
+    sae.save_model(tmp_path / "training")
+    sae.save_inference_model(tmp_path / "inference")
+    theirs = lens.SAE.load_from_disk(tmp_path / "inference")
+    codes = theirs.encode(x())
+    compare(report, "sae-lens", f"{name}, a training", load_sae(tmp_path / "training"), codes, theirs.decode(codes))
+
+
+@pytest.mark.parametrize("name", ["transcoder", "skip_transcoder"])
+@torch.no_grad()
+def test_transcoders_of_sae_lens_are_refused(name, tmp_path):
+    lens = pytest.importorskip("sae_lens")
+    cls, config = lens.registry.get_sae_class(name)
+    randomize(cls(config(d_in=D, d_sae=N, d_out=D, apply_b_dec_to_input=False))).save_model(tmp_path)
+    with pytest.raises(InputError, match="W_skip|has the architecture 'transcoder'"):
+        load_sae(tmp_path)
+
+
+@torch.no_grad()
+def test_saev(tmp_path, report):
+    """The release on PyPI; later ones have another header."""
+    lib, config = pytest.importorskip("saev.nn"), pytest.importorskip("saev.config")
+    sae = randomize(lib.SparseAutoencoder(config.SparseAutoencoder(d_vit=D, exp_factor=N // D)))
+    lib.dump(str(tmp_path / "sae.pt"), sae)
+    x_hat, codes, _ = lib.load(str(tmp_path / "sae.pt"))(x())
+    compare(report, "saev", "ReLU", load_sae(tmp_path), codes, x_hat)
+
+
 @torch.no_grad()
 def test_sparsify(tmp_path, report):
     sparsify = pytest.importorskip("sparsify")
@@ -107,6 +144,16 @@ def test_sparsify(tmp_path, report):
     values, indices, _ = sae.encode(x())
     codes = torch.zeros(len(x()), N).scatter(-1, indices, values)
     compare(report, "eai-sparsify", "topk", load_sae(tmp_path), codes, sae.decode(values, indices))
+
+
+@torch.no_grad()
+def test_transcoders_of_sparsify_are_refused(tmp_path):
+    sparsify = pytest.importorskip("sparsify")
+    for name in ("skip_connection", "transcode"):
+        sae = randomize(sparsify.SparseCoder(D, sparsify.SparseCoderConfig(num_latents=N, k=K, **{name: True})))
+        sae.save_to_disk(tmp_path / name)
+        with pytest.raises(InputError, match="is a transcoder"):
+            load_sae(tmp_path / name)
 
 
 DICTIONARY_LEARNING = {
