@@ -48,12 +48,12 @@ def verify_checksums(folder: Path, below: float = math.inf) -> None:
 
 def _recorded(record: Path) -> dict[str, str]:
     """`{name of a file: SHA-256}` of a record; empty if there is none."""
-    if not record.exists():
+    if not record.exists() and not record.is_symlink():
         return {}
     try:
         told = json.loads(record.read_bytes())
     except (OSError, ValueError, RecursionError):
         raise InputError(f"{record} cannot be read; fetch or save the SAE again.") from None
-    if not isinstance(told, dict) or any(Path(name).name != name for name in told):
+    if not isinstance(told, dict) or any(not name or Path(name).name != name for name in told):
         raise InputError(f"{record} must be an object {{file: SHA-256}}; fetch or save the SAE again.")
     return without_nulls(told)

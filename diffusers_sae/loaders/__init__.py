@@ -66,7 +66,10 @@ def load_sae(
         tensors, beside = split_state(source)
         held = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         return _made(Weights(held, {**without_nulls(beside), **given}, "The state dict"))
-    path = Path(source)
+    for name, value in (("subfolder", subfolder), ("weight_name", weight_name), ("variant", variant)):
+        if value is not None and not isinstance(value, str):
+            raise InputError(f"{name} is a {type(value).__name__}; pass a name, or leave it out.")
+    path = _checked_path(source)
     if path.is_file():
         found, weight_name = Found(path.parent), path.name
     elif path.is_dir():
@@ -78,10 +81,23 @@ def load_sae(
     return _from_folder(found, weight_name, given, variant, inert)
 
 
+def _checked_path(source: Any) -> Path:
+    if not isinstance(source, (str, os.PathLike)) or not str(source):
+        raise InputError(
+            f"An SAE cannot be loaded from {source!r:.80}; pass a repository, a folder, a file or a state dict."
+        )
+    path = Path(source)
+    try:
+        path.is_file()
+    except OSError as error:
+        raise InputError(f"{str(source)[:80]!r} cannot be looked up ({error.strerror}); pass another path.") from None
+    return path
+
+
 def _checked_config(config: Mapping[str, Any] | None) -> dict[str, Any]:
     """What the caller adds to the files' config; raises `InputError` if that names a format that nobody knows."""
-    if not isinstance(config or {}, Mapping):
-        raise InputError(f"config is a {type(config).__name__}; pass a dict, such as {{'k': 32}}.")
+    if not isinstance(config or {}, Mapping) or not all(isinstance(name, str) for name in config or {}):
+        raise InputError(f"config is {config!r:.80}; pass a dict of names to values, such as {{'k': 32}}.")
     given = without_nulls(config or {})
     if "format" in given and given["format"] not in list(FORMATS):
         raise InputError(f"{given['format']!r} is no format; choose one of {', '.join(FORMATS)}.")
@@ -138,6 +154,8 @@ def _check_shard(file: Path, tensors: Mapping[str, Any], names: Sequence[str] | 
 def _made(weights: Weights) -> SparseAutoencoder:
     sae = format_of(weights).read(weights)
     provenance = weights.section("provenance").config
+    if not isinstance(provenance.get("base_model", ""), str):
+        raise weights.refuse(f"comes with base_model = {provenance['base_model']!r:.80}, which must be a model's name")
     if provenance and not sae.provenance:
         sae.register_to_config(provenance=dict(provenance))
     return sae

@@ -15,6 +15,8 @@ from ..errors import InputError
 from ..nulls import without_nulls
 from ..saes import ARCHITECTURES, SparseAutoencoder
 
+TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
+"""By what the annotations of architectures call them."""
 AT_ONCE = 2**22
 """Numbers that are looked at together, as looking at them takes more memory than they do."""
 
@@ -181,13 +183,7 @@ def _described(
     for name, size in (("n_latents", n), ("d_in", d)):
         if arguments.get(name, size) != size:
             raise InputError(f"{origin} comes with {name} = {_short(arguments[name])}, and its tensors have {size}.")
-    known = inspect.signature(ARCHITECTURES[kind].__init__).parameters
-    for name in arguments:
-        if name not in known:
-            raise InputError(
-                f"{origin} comes with {name} = {_short(arguments[name])}, which a {kind} has no use for; leave it out, "
-                "or tell what it is by config={'format': ...}."
-            )
+    _check_arguments(kind, arguments, origin)
     try:
         with torch.device("meta"):
             sae = ARCHITECTURES[kind](**{**arguments, "d_in": d, "n_latents": n})
@@ -207,6 +203,21 @@ def _described(
                 f"{origin} has a {name} of shape {shapes[name]}; with W_dec ({n}, {d}) it must be {shape}."
             )
     return sae
+
+
+def _check_arguments(kind: str, arguments: Mapping[str, Any], origin: str) -> None:
+    """Raise `InputError` if a config has something that its class does not take, or of another type."""
+    known = inspect.signature(ARCHITECTURES[kind].__init__).parameters
+    for name, value in without_nulls(arguments).items():
+        if name not in known:
+            raise InputError(
+                f"{origin} comes with {name} = {_short(value)}, which a {kind} has no use for; leave it out, "
+                "or tell what it is by config={'format': ...}."
+            )
+        wanted = str(known[name].annotation).partition(" ")[0]
+        types = TYPES.get(wanted, (object,))
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types and object not in types):
+            raise InputError(f"{origin} comes with {name} = {_short(value)}; it must be of type {wanted}.")
 
 
 def _short(value: Any) -> str:

@@ -45,7 +45,7 @@ def save(
     Raises:
         InputError: labels or statistics are not of this SAE, or `folder` is a file. Nothing is written.
     """
-    _check(sae, folder)
+    _check(sae, folder, figures)
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(f"{TEMPORARY}*"):  # of a save that was killed
@@ -83,13 +83,22 @@ def upload(folder: Path, names: list[str], message: str, hub: Mapping[str, Any])
     return repo.repo_id
 
 
-def _check(sae: SparseAutoencoder, folder: Path) -> None:
+def _check(sae: SparseAutoencoder, folder: Path, figures: Mapping[str, Any] | None) -> None:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file, and an SAE is saved as a folder; choose another name.")
-    for feature in sae.labels or {}:
+    for name in (CONFIG, *DERIVED, CHECKSUMS, CARD):
+        if (folder / name).is_dir():
+            raise InputError(f"{folder / name} is a folder, where an SAE has a file; choose another folder.")
+    for feature, label in (sae.labels or {}).items():
         sae.checked_feature(feature)
+        if not isinstance(label, str):
+            raise InputError(f"The label of feature {feature} is {label!r}; it must be a text.")
     if sae.statistics is not None:
         sae.statistics.check(sae.n_latents, "The SAE's statistics")
+    try:
+        json.dumps(figures)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"figures cannot be written as JSON ({error}); pass plain numbers.") from None
 
 
 def _publish(config: Path) -> None:

@@ -62,6 +62,8 @@ class LatentStatistics:
                     f"{whose} have a {name} of shape {shape}; an SAE of {n_latents} latents has statistics of shape "
                     f"(timesteps, {n_latents}), so measure them on this SAE again."
                 )
+            if not getattr(self, name).is_floating_point():
+                raise InputError(f"{whose} have a {name} of whole numbers; measure them on this SAE again.")
         if not self.timesteps.isfinite().all():
             raise InputError(f"{whose} have timesteps that are not finite; measure them on this SAE again.")
 
@@ -74,7 +76,8 @@ class LatentStatistics:
     @classmethod
     def load(cls, folder: Path) -> LatentStatistics | None:
         """The statistics that lie in `folder`, or `None`."""
-        if not (folder / FILE).is_file():
+        file = folder / FILE
+        if not file.exists() and not file.is_symlink():
             return None
         try:
             return cls(**load_file(folder / FILE))

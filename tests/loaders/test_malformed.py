@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import random_sae
 from layouts import LAYOUTS, D, K, N, random
 from safetensors.torch import load_file, save_file
 
-from diffusers_sae import InputError, load_sae
+from diffusers_sae import InputError, LatentStatistics, load_sae
 
 MARK = "MARK_OF_CODE_THAT_RAN"
 READ = ["sparsify", "sdxl_unbox", "re_n_y", "sae_lens_topk", "dl_batch_topk", "daujotas", "openai"]
@@ -44,7 +45,7 @@ def is_weight(tensor):
 
 def missing(i):
     def alter(state):
-        name = [k for k, v in state.items() if is_weight(v) and v.ndim][i]
+        name = [k for k, v in state.items() if is_weight(v) and v.ndim and not k.startswith("latents_")][i]
         del state[name]
 
     return alter
@@ -226,7 +227,7 @@ def test_the_pickles_above_do_run_where_they_can(tmp_path):
 ALONE = """
 import re, sys
 from pathlib import Path
-from diffusers_sae import InputError, load_sae
+from diffusers_sae import InputError, LatentStatistics, load_sae
 
 def most():  # getrusage would begin with what the parent had
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
@@ -266,6 +267,76 @@ def test_bombs_are_refused_and_take_no_memory(bomb, bombs_alone, tmp_path):
     refused(tmp_path, config={"k": 2}, inert=True)
     first, second, taken = bombs_alone[bomb]
     assert (first, second) == ("refused", "refused") and int(taken) < 100_000
+
+
+OURS = ["config.json", "labels.json", "statistics.safetensors", "checksums.json", "diffusion_pytorch_model.safetensors"]
+INSTEAD = {
+    "a folder": lambda path: path.mkdir(),
+    "a link to nothing": lambda path: path.symlink_to(path.with_name("nothing")),
+    "a link to itself": lambda path: path.symlink_to(path),
+    "no text": lambda path: path.write_bytes(b'{"k": "\xe9"}'),
+    "null": lambda path: path.write_bytes(b"null"),
+    "a word": lambda path: path.write_bytes(b'"x"'),
+    "nested without end": lambda path: path.write_bytes(b"[" * 100_000),
+}
+
+
+@pytest.mark.parametrize("instead", INSTEAD)
+@pytest.mark.parametrize("name", OURS)
+def test_what_stands_in_the_place_of_a_file_of_ours(name, instead, tmp_path):
+    sae = random_sae()
+    sae.labels, sae.statistics = {3: "cat"}, LatentStatistics(torch.ones(1), *(torch.ones(1, 32) for _ in range(3)))
+    sae.save_pretrained(tmp_path)
+    (tmp_path / "checksums.json").unlink()
+    (tmp_path / name).unlink(missing_ok=True)
+    INSTEAD[instead](tmp_path / name)
+    refused(tmp_path)
+
+
+WRONG_TYPES = {
+    "k": [1.5, True, "4", [4], {"k": 4}], "relu": [0, "x", [], {}], "input_norm": [1, "x", [], True],
+    "provenance": ["x", 3, [], True], "n_latents": [1.5, True, "32"], "_class_name": [3, [], {}, "Sequential"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG_TYPES.items() for value in values])
+def test_fields_of_our_config_have_their_type(name, value, tmp_path):
+    random_sae().save_pretrained(tmp_path)
+    (tmp_path / "checksums.json").unlink()
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, name: value}))
+    refused(tmp_path)
+
+
+@pytest.mark.parametrize("site", [3, "", [], {}, {"path": 3}, {"path": "unet.x", "colour": "red"}, {"kind": "output"}])
+def test_a_site_that_is_none_is_refused(site, sd, tmp_path):
+    random_sae(site=site).save_pretrained(tmp_path)
+    with pytest.raises(InputError):
+        sd.pipe.load_sae(tmp_path)
+
+
+CALLS = [
+    {"source": 3}, {"source": None}, {"source": ""}, {"source": b"x"}, {"source": "a" * 5000}, {"source": []},
+    {"source": torch.zeros(3)}, {"source": {}}, {"source": {"W_dec": None}}, {"source": {1: torch.zeros(2, 2)}},
+    {"subfolder": 3}, {"weight_name": 3}, {"variant": 3}, {"weight_name": "config.json"}, {"config": [1]},
+    {"config": {3: 4}}, {"config": "x"}, {"variant": "../x"}, {"weight_name": "../x"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("call", CALLS, ids=str)
+def test_arguments_that_are_wrong(call, tmp_path):
+    random_sae().save_pretrained(tmp_path)
+    call = {"source": tmp_path, **call}
+    refused(call.pop("source"), **call)
+
+
+@pytest.mark.parametrize(
+    "told", [{"/etc/hosts": "x"}, {"../x": "x"}, {"": "x"}, {"config.json": 3}, {"x": "x"}, [], "x"]
+)
+def test_checksums_that_are_wrong(told, tmp_path):
+    random_sae().save_pretrained(tmp_path)
+    (tmp_path / "checksums.json").write_text(json.dumps(told))
+    refused(tmp_path)
 
 
 def test_the_files_are_right_before_they_are_made_wrong(tmp_path):

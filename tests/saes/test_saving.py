@@ -166,15 +166,19 @@ def test_a_folder_that_exists_is_a_local_path_though_it_looks_like_a_repository(
     assert "some/model" not in (tmp_path / "two" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("wrong", ["labels", "statistics", "no timesteps", "a file"])
+@pytest.mark.parametrize("wrong", ["labels", "no text", "statistics", "no timesteps", "figures", "a file"])
 def test_a_save_that_is_refused_changes_nothing(wrong, tmp_path):
     folder = tmp_path / "sae"
     first(folder)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    sae = TopKSAE(16, 8, 2)
+    sae, figures = TopKSAE(16, 8, 2), None
     target = folder
     if wrong == "labels":
         sae.labels = {8: "cat"}
+    elif wrong == "no text":
+        sae.labels = {3: None}
+    elif wrong == "figures":
+        figures = {"fvu": torch.tensor(0.1)}
     elif wrong == "statistics":
         sae.statistics = statistics(32)
     elif wrong == "no timesteps":
@@ -182,12 +186,20 @@ def test_a_save_that_is_refused_changes_nothing(wrong, tmp_path):
     else:
         target = folder / "config.json"
     with pytest.raises(InputError) as error:
-        sae.save_pretrained(target)
+        sae.save_pretrained(target, figures=figures)
     assert str(error.value).endswith(".") and "\n" not in str(error.value)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     with pytest.raises(InputError):
-        sae.save_pretrained(tmp_path / "new") if wrong != "a file" else sae.save_pretrained(target)
+        sae.save_pretrained(target if wrong == "a file" else tmp_path / "new", figures=figures)
     assert names(tmp_path) == ["sae"]
+
+
+@pytest.mark.parametrize("name", ["README.md", "config.json", "labels.json", "checksums.json"])
+def test_a_folder_in_the_place_of_a_file_is_refused(name, tmp_path):
+    (tmp_path / name).mkdir()
+    with pytest.raises(InputError, match=f"{name} is a folder, where an SAE has a file; choose another folder"):
+        TopKSAE(16, 8, 2).save_pretrained(tmp_path)
+    assert names(tmp_path) == [name]
 
 
 def test_a_save_that_fails_changes_nothing(tmp_path, monkeypatch):
