@@ -28,10 +28,10 @@ def aux_k_loss(
     gradients pass the ReLU straight through, since a latent whose pre-activation is negative on every row would have
     none and stay dead; and no row takes more than a quarter of the dead, so that few of them are told apart too.
     """
-    residual = (x - x_hat).detach()
     k = min(k_aux, -(-int(dead.sum()) // 4))
     if k == 0:
         return x.new_zeros(())
+    residual = (x - x_hat).detach()
     indices = _largest_of(sae, x, dead.nonzero().flatten(), k)
     values = sae.pre_activations_at(x, indices)
     values = values + (values.relu() - values).detach()

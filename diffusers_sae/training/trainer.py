@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
+from torch import nn
 
 from ..capture.descriptions import describe_sae, refuse_differences
 from ..errors import InputError
 from ..saes import JumpReLUSAE, SparseAutoencoder
+from ..saes.ops import row_dots
 from .checkpoints import DELETE, check_contents, check_tensors
 from .losses import aux_k_loss
 from .objectives import objective
@@ -162,14 +164,8 @@ class SAETrainer:
         for parameter in sae.parameters():
             if parameter.grad is not None:
                 self._summed(parameter.grad)
-        remove_parallel_gradient(sae)
-        torch.nn.utils.clip_grad_norm_(sae.parameters(), config.clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.lr * self.rate()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self._update()
         with torch.no_grad():
-            sae.W_dec.div_(torch.linalg.vector_norm(sae.W_dec, dim=-1, keepdim=True))
             if isinstance(sae, JumpReLUSAE):
                 sae.threshold.clamp_(min=0)
             if found.threshold is not None:
@@ -181,6 +177,36 @@ class SAETrainer:
         if self.average:
             self.average.step(sae.parameters())
         return {"fvu": fvu.item(), "aux": self._summed(aux.detach()).item(), "dead": dead.float().mean().item()}
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        """One step of the optimiser. Decoder rows turn and keep unit norm; the gradient's norm is bounded by `clip`.
+
+        The part of the gradient along a decoder row is removed, and the row normalised, while it is in the cache.
+        """
+        decoder, grads = self.sae.W_dec, [p.grad for p in self.sae.parameters() if p.grad is not None]
+        assert decoder.grad is not None
+        dots = row_dots(decoder, decoder.grad)
+        along = dots if self.step_count else dots / torch.linalg.vector_norm(decoder, dim=-1).square()  # 1 after a step
+        squares = torch.stack([torch.linalg.vector_norm(grad) for grad in grads]).square().sum() - along @ dots
+        shrink = min(1.0, self.config.clip / (float(squares.clamp(min=0).sqrt()) + 1e-6))
+
+        def before(parameter: nn.Parameter, rows: slice) -> None:
+            assert parameter.grad is not None
+            grad = parameter.grad[rows]
+            if parameter is decoder:
+                grad.addcmul_(parameter[rows], along[rows, None], value=-1)
+            if shrink < 1:
+                grad.mul_(shrink)
+
+        def after(parameter: nn.Parameter, rows: slice) -> None:
+            if parameter is decoder:
+                parameter[rows].div_(torch.linalg.vector_norm(parameter[rows], dim=-1, keepdim=True))
+
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.lr * self.rate()
+        self.optimizer.update(before, after)
+        self.optimizer.zero_grad()
 
     def _resample(self, x: torch.Tensor, x_hat: torch.Tensor) -> None:
         every = self.config.resample_every
@@ -271,15 +297,3 @@ class SAETrainer:
             check_contents(state["average"], ("shadow_params",), "The checkpoint's average")
             shadows = dict(enumerate(state["average"]["shadow_params"]))
             check_tensors("average", shadows, dict(enumerate(parameters)))
-
-
-@torch.no_grad()
-def remove_parallel_gradient(sae: SparseAutoencoder) -> None:
-    """Take from each decoder row's gradient the part along the row, so that a step turns it and does not stretch it."""
-    rows, grad = sae.W_dec, sae.W_dec.grad
-    if grad is not None:
-        along = (
-            torch.bmm(grad[:, None, :], rows[:, :, None])[:, :, 0]
-            / torch.linalg.vector_norm(rows, dim=-1, keepdim=True) ** 2
-        )
-        grad.addcmul_(rows, along, value=-1)

@@ -149,5 +149,6 @@ def test_a_search_in_bfloat16_gives_exact_values_and_misses_little():
     values, indices = topk_encode(x, W, b, b_dec, 16, search_dtype=torch.bfloat16)
     pre = ((x - b_dec) @ W.T + b).relu()
     torch.testing.assert_close(values, pre.gather(1, indices))
-    missed = values.amin(1) < pre.topk(16).values.amin(1) * (1 - 1e-6)
-    assert missed.float().mean() < 0.02
+    kth = pre.topk(16).values[:, -1:]
+    missed = values < kth * (1 - 1e-6)  # taken in place of one that is larger, by less than bfloat16 tells apart
+    assert missed.float().mean() < 0.02 and (values > kth - 2e-2 * pre.amax()).all()

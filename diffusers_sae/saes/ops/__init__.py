@@ -15,12 +15,16 @@ from .products import gathered, rows_of, sampled
 
 HELD = 2**26
 """Pre-activations that are held at a time: 256 MiB."""
-GROUP = 16
-"""Pre-activations that are looked at through their largest, in the search of the k largest."""
-FEW = 4096
-"""Latents up to which such groups gain nothing."""
-SPARE = 2
-"""How many times k candidates a product in half precision has to give."""
+SEARCHED = 3 * 2**22
+"""Pre-activations that a processor searches at a time: few enough for their memory to be reused without page faults."""
+TILE = 128
+"""Rows that matrix products are fast at multiples of."""
+CACHED = 512
+"""Rows whose product a processor keeps in its cache."""
+GROUP = 4
+"""Numbers that are represented by their largest, in the search for the k largest."""
+FEW = 512
+"""Numbers up to which such groups gain nothing."""
 
 
 def topk_encode(
@@ -36,23 +40,18 @@ def topk_encode(
     """Values and indices, both `(N, k)`, of the k largest of `ReLU(W_enc (x - b_dec) + b_enc)`, for `x (N, d)`;
     without the ReLU if not `relu`.
 
-    The dense pre-activations `(N, n)` are not kept for the backward pass, and made for a few rows at a time if they are
-    more than `HELD`. With a `search_dtype` of bfloat16, a product in it names `SPARE` k candidates, whose values are
-    then taken in full precision: it may miss a latent that is nearly as large as the k-th, and no more.
+    The dense pre-activations `(N, n)` are not kept for the backward pass, and made for a few rows at a time. With a
+    `search_dtype` of bfloat16 the latents are chosen by a product in that dtype and their values are then computed in
+    the dtype of `x`: it may choose a latent that is nearly as large as the k-th in place of that, and no more.
     """
-    centred = x - b_dec
     with torch.no_grad():
-        if search_dtype != torch.float32 and SPARE * k < len(W_enc):
-            W, b = W_enc.to(search_dtype), b_enc.to(search_dtype)
-            candidates = _largest_products(centred.to(search_dtype), W, b, SPARE * k)[1]
-            exact = _sampled(centred, W_enc, b_enc, candidates.flatten(), even(candidates)).view_as(candidates)
-            values, places = exact.topk(k, dim=-1, sorted=False)
-            indices = candidates.gather(1, places)
-        else:
-            values, indices = _largest_products(centred, W_enc, b_enc, k)
-    found = sampled_linear(centred, W_enc, b_enc, indices.flatten(), even(indices), values.flatten())
-    found = found.view_as(indices)
-    return (found.relu() if relu else found), indices
+        centred, W, b = x - b_dec, W_enc, b_enc
+        if approximate := search_dtype != torch.float32:
+            centred, W, b = centred.to(search_dtype), W.to(search_dtype), b.to(search_dtype)
+        values, indices = _largest_products(centred, W, b, k)
+        known = None if approximate else values.flatten()
+    pre = sampled_linear(x, W_enc, b_enc, indices.flatten(), even(indices), known, shift=b_dec).view_as(indices)
+    return (pre.relu() if relu else pre), indices
 
 
 def sparse_decode(
@@ -76,18 +75,24 @@ def sampled_linear(
     indices: torch.Tensor,
     offsets: torch.Tensor,
     values: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The entries `(M,)` of `x Wᵀ + b` at the places of a code, for `x (N, d)`, `W (n, d)`.
+    """The entries `(M,)` of `(x - shift) Wᵀ + b` at the places of a code, for `x (N, d)`, `W (n, d)`.
 
-    `values`: those entries, if they are known already.
+    Args:
+        values: those entries, if they are known already.
+        shift: `(d,)`; zero if it is not given.
     """
-    return _SampledLinear.apply(x, W, b, indices, offsets, values)
+    return _SampledLinear.apply(x, shift, W, b, indices, offsets, values)
 
 
 def _largest_products(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """`largest` of `x Wᵀ + b`."""
-    found = [largest(torch.addmm(b, rows, W.T), k) for rows in x.split(at_once(len(W)))]
-    return torch.cat([values for values, _ in found]), torch.cat([indices for _, indices in found])
+    count = at_once(len(W))
+    if x.device.type == "cpu":
+        count = min(count, _in_tiles(max(1, SEARCHED // len(W))))
+    parts = [largest(torch.mm(rows, W.T).add_(b), k) for rows in x.split(count)]  # addmm's bias takes longer
+    return torch.cat([values for values, _ in parts]), torch.cat([indices for _, indices in parts])
 
 
 def at_once(numbers: int) -> int:
@@ -95,19 +100,31 @@ def at_once(numbers: int) -> int:
     return max(1, HELD // numbers)
 
 
+def _in_tiles(rows: int) -> int:
+    """At most so many rows of a product, and of more than `TILE` a multiple of it."""
+    return rows if rows < TILE else rows - rows % TILE
+
+
+def row_dots(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The dot product of each row of `a (n, d)` with that of `b (n, d)`, `(n,)`."""
+    size = CACHED if a.device.type == "cpu" else len(a)  # no product as large as the matrices is written to memory
+    return torch.cat([(x * y).sum(-1) for x, y in zip(a.split(size), b.split(size), strict=True)])
+
+
 def largest(pre: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The k largest entries of each row of `pre (N, n)` and where they are, in no order.
 
-    They lie in the k groups whose largest entries are largest, so that few entries have to be compared.
+    They lie in the k groups whose largest entries are largest, which are searched for in the same way.
     """
     n = pre.shape[1]
     groups = n // GROUP
     if n <= FEW or groups < k:
         return pre.topk(k, dim=-1, sorted=False)
-    best = pre[:, : groups * GROUP].unflatten(1, (GROUP, groups)).amax(1).topk(k, dim=-1, sorted=False).indices
+    best = largest(pre[:, : groups * GROUP].unflatten(1, (GROUP, groups)).amax(1), k)[1]
     steps = torch.arange(0, groups * GROUP, groups, device=pre.device)
-    rest = torch.arange(groups * GROUP, n, device=pre.device).expand(len(pre), -1)
-    candidates = torch.cat([(best[:, None, :] + steps[:, None]).flatten(1), rest], 1)
+    candidates = (best[:, :, None] + steps).flatten(1)
+    if rest := n - groups * GROUP:
+        candidates = torch.cat([candidates, torch.arange(n - rest, n, device=pre.device).expand(len(pre), -1)], 1)
     values, places = pre.gather(1, candidates).topk(k, dim=-1, sorted=False)
     return values, candidates.gather(1, places)
 
@@ -135,8 +152,15 @@ def transposed_product(
     values: torch.Tensor, indices: torch.Tensor, offsets: torch.Tensor, n: int, x: torch.Tensor
 ) -> torch.Tensor:
     """`Zᵀ x`, `(n, d)`, for a code Z `(N, n)` and `x (N, d)`."""
+    order, rows, begins = by_latent(indices, offsets, n)
+    return gathered(values[order], rows, begins, x)
+
+
+def by_latent(indices: torch.Tensor, offsets: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The entries of a code, latent after latent: their order `(M,)`, their rows in it `(M,)`, and where in it the
+    entries of each latent begin, `(n + 1,)`."""
     order = indices.argsort(stable=True)  # so that sums are taken in the same order each time
-    return gathered(values[order], rows_of(offsets, len(indices))[order], starts(indices, n), x)
+    return order, rows_of(offsets, len(indices))[order], starts(indices, n)
 
 
 def starts(numbers: torch.Tensor, bins: int) -> torch.Tensor:
@@ -153,10 +177,14 @@ def even(indices: torch.Tensor) -> torch.Tensor:
 
 
 def _sampled(
-    x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, indices: torch.Tensor, offsets: torch.Tensor
+    x: torch.Tensor, W: torch.Tensor, order: torch.Tensor, rows: torch.Tensor, begins: torch.Tensor
 ) -> torch.Tensor:
-    found = sampled(x, W, indices, offsets)
-    return found if b is None else found + b[indices]
+    """The entries `(M,)` of `x Wᵀ` at the places of a code that `by_latent` has put in order.
+
+    Latent after latent, each row of W is read once, and the rows of x stay in the cache.
+    """
+    entries = sampled(W, x, rows, begins)
+    return torch.empty_like(entries).index_put_((order,), entries)
 
 
 class _SampledLinear(torch.autograd.Function):
@@ -164,26 +192,31 @@ class _SampledLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: torch.Tensor,
+        shift: torch.Tensor | None,
         W: torch.Tensor,
         b: torch.Tensor,
         indices: torch.Tensor,
         offsets: torch.Tensor,
         values: torch.Tensor | None,
     ) -> torch.Tensor:
+        x = x if shift is None else x - shift
         ctx.save_for_backward(x, W, indices, offsets)
-        return _sampled(x, W, b, indices, offsets) if values is None else values.clone()
+        if values is not None:
+            return values.clone()
+        return _sampled(x, W, *by_latent(indices, offsets, len(W))).add_(b[indices])
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         x, W, indices, offsets = ctx.saved_tensors
-        by_x = by_weight = by_bias = None
+        by_x = by_shift = by_weight = None
+        by_bias = torch.zeros_like(W[:, 0]).index_add_(0, indices, grad)
         if ctx.needs_input_grad[0]:
             by_x = gathered(grad, indices, offsets, W)
         if ctx.needs_input_grad[1]:
-            by_weight = transposed_product(grad, indices, offsets, len(W), x)
+            by_shift = -(by_bias @ W)  # the sum over the rows of `by_x`
         if ctx.needs_input_grad[2]:
-            by_bias = torch.zeros_like(W[:, 0]).index_add_(0, indices, grad)
-        return by_x, by_weight, by_bias, None, None, None
+            by_weight = transposed_product(grad, indices, offsets, len(W), x)
+        return by_x, by_shift, by_weight, by_bias, None, None, None
 
 
 class _RaggedDecode(torch.autograd.Function):
@@ -197,8 +230,7 @@ class _RaggedDecode(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         values, indices, offsets, W_dec = ctx.saved_tensors
-        by_values = _sampled(grad, W_dec, None, indices, offsets) if ctx.needs_input_grad[0] else None
-        by_weight = None
-        if ctx.needs_input_grad[3]:
-            by_weight = transposed_product(values, indices, offsets, len(W_dec), grad)
+        order, rows, begins = by_latent(indices, offsets, len(W_dec))
+        by_values = _sampled(grad, W_dec, order, rows, begins) if ctx.needs_input_grad[0] else None
+        by_weight = gathered(values[order], rows, begins, grad) if ctx.needs_input_grad[3] else None
         return by_values, None, None, by_weight
