@@ -1,9 +1,10 @@
 """Rows a second of TopK training, ours beside the peers': `peers/bin/python benchmarks/training_speed.py`.
 
-`peers.py` says how the environment is made. Writes `benchmarks/results/training_speed.json`: medians of single steps
-that take turns, the floor (the encoder's product alone), the peak memory of each side in a process of its own, the
-FVU on rows held out after equal rows, at each side's best rate, and in how many fewer rows ours gets there; that on
-rows with known features, and with `--store` on stored activations of a pipeline.
+`peers.py` says how the environment is made. Writes this processor's `benchmarks/results/training_speed_*.json`: medians
+of single steps that take turns, the floor (the encoder's product alone), the peak memory of each side in a process of
+its own, the FVU on rows held out after equal rows, at each side's best rate, and in how many fewer rows and how much
+less time ours reaches the best of the peers' FVUs; that on rows with known features, and with `--store` on stored
+activations of a pipeline. `training_stages.py` adds where the time of our step goes.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ from typing import Any
 
 import torch
 from arguments import parse
+from hardware import hardware, results_file
 from peers import SIDES, Task
 from tqdm import tqdm
 
 from diffusers_sae.capture import ActivationStore
 from diffusers_sae.evaluation.known_features import KnownFeatures
+from diffusers_sae.training.memory import keep_freed_memory
 from diffusers_sae.training.precision import DTYPES, resolve_precision
 
 TASK = Task(d=1280, n_latents=20_480, k=32, rows=2048, steps=14)
@@ -34,7 +37,7 @@ SMOKE, SMOKE_QUALITY = Task(64, 512, 8, rows=256, steps=14), Task(16, 64, 4, row
 RATES = {"diffusers_sae": (0.3, 1.0, 3.0)}
 PEERS_RATES = (1.0, 3.0, 10.0, 30.0, 100.0)
 """Multiples of each side's own rate; the best should be neither the first nor the last."""
-SHORTER = (8, 6, 4, 3, 2)
+SHORTER = (16, 12, 10, 8, 7, 6, 5, 4, 3, 2, 1)
 
 
 def data(task: Task) -> KnownFeatures:
@@ -153,19 +156,27 @@ def quality(task: Task, store: Path | None, names: list[str]) -> dict[str, Any]:
     if not rivals:
         return {"task": asdict(task), "sides": sides}
     rival = min(rivals, key=lambda name: sides[name]["best"]["fvu"])
-    best, fewer, shorter = sides[rival]["best"]["fvu"], 1, {}
+    best, fewer, shorter = sides[rival]["best"]["fvu"], None, {}
     for share in SHORTER:
         ours = replace(task, rate=sides["diffusers_sae"]["best"]["rate"], steps=task.steps // share)
         shorter[share] = fvu_after("diffusers_sae", ours, store)["fvu"]
         if shorter[share] <= best:
             fewer = share
             break
+    seconds = speed(task, 20, ["diffusers_sae", rival])["seconds_a_step"]
     return {
         "task": asdict(task),
         "sides": sides,
         "best_peer": rival,
         "ours_after_a_share_of_the_rows": shorter,
         "times_fewer_rows_to_the_best_peers_fvu": fewer,
+        "time_to_the_best_peers_fvu": fewer
+        and {
+            "seconds_a_step": seconds,
+            "peer_seconds": task.steps * seconds[rival],
+            "our_seconds": task.steps // fewer * seconds["diffusers_sae"],
+            "times_shorter": fewer * seconds[rival] / seconds["diffusers_sae"],
+        },
     }
 
 
@@ -179,17 +190,16 @@ def main() -> None:
     parser.add_argument("--store", type=Path, help="folder of one site that `diffusers-sae capture` made")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--task", type=json.loads, help=argparse.SUPPRESS)
-    args = parse(parser, "training_speed.json", rounds=1, sides=["diffusers_sae"])  # peers need their environment
+    args = parse(
+        parser, results_file("training_speed"), rounds=1, sides=["diffusers_sae"]
+    )  # peers need their environment
     if args.child:
         child(args.child, Task(**args.task))
         return
     figures = json.loads(args.out.read_text()) if args.out.exists() else {}
     task = replace(SMOKE if args.smoke else TASK, steps=args.rounds + 2)
-    figures["machine"] = {
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "precision": resolve_precision(),
-    }
+    keep_freed_memory()  # for every side
+    figures["hardware"] = hardware()
     figures["task"] = asdict(task)
     if "speed" in args.parts:
         figures["speed"] = speed(task, args.rounds, args.sides)

@@ -157,7 +157,7 @@ def of_training() -> list[str]:
     found, dead = ([p[key] for p in peers] for key in ("recovered", "dead"))
     ours = truth["diffusers_sae"].values()
     assert max(kind["dead"] for kind in ours) == 0
-    speed = results("training_speed")
+    speed = results("training_speed_amd_epyc_avx2")
     sides = ("diffusers_sae", "sparsify", "overcomplete", "SAELens", "dictionary_learning")
     table = []
     for side in sides:
