@@ -40,6 +40,18 @@ class Context:
     turn: int = 0
 
     @property
+    def host_step(self) -> int | None:
+        """The step as a number that Python may branch on; `None` under `torch.compile`, which would compile each anew."""
+        if len(self.timesteps) == 1:
+            return 0
+        return None if torch.compiler.is_compiling() else self.known_step
+
+    def at_step(self, table: torch.Tensor) -> torch.Tensor:
+        """The row of `table (T, ...)` for the current step, without waiting for the device."""
+        step = self.host_step
+        return table.index_select(0, self.step.reshape(1))[0] if step is None else table[step]
+
+    @property
     def images(self) -> int:
         """Images in the batch (prompts times images a prompt)."""
         return self.rows // len(self.branches)
@@ -94,6 +106,7 @@ class DenoisingContext(Context):
     _pipe: Any
     _call: Mapping[str, Any]
     _table: torch.Tensor
+    _given: torch.Tensor
     _planned: tuple[str, ...] = ("cond",)
     _unit = (1.0, 0.0)
     _asked_size: tuple[int, int] | None = None
@@ -107,6 +120,7 @@ class DenoisingContext(Context):
     def prepare(self, device: torch.device) -> None:
         """Read the scheduler's timesteps, which are set by now, and what a compiled denoiser cannot ask for."""
         timesteps = self._pipe.scheduler.timesteps
+        self._given = timesteps
         self.timesteps = tuple(float(t) for t in timesteps.tolist())
         self.training_timesteps = self._pipe.scheduler.config.num_train_timesteps
         self._table = timesteps.to(device, torch.float32)
@@ -132,16 +146,31 @@ class DenoisingContext(Context):
             )
 
     def _find_step(self, timestep: Any) -> None:
-        factor, offset = self._unit
-        if isinstance(timestep, torch.Tensor):
-            now = timestep.flatten()[0].float() * factor + offset
+        self.known_step = self._number_of(timestep)
+        if self.known_step is None:
+            now = self._in_table_units(timestep[(0,) * timestep.ndim].float())
             self.step = (self._table - now.to(self._table.device)).abs().argmin()
-            there = not torch.compiler.is_compiling() and now.device.type == "cpu"
-            self.known_step = int(self.step) if there else None
         else:
-            now = timestep * factor + offset
-            self.known_step = min(range(len(self.timesteps)), key=lambda i: abs(self.timesteps[i] - now))
-            self.step = torch.tensor(self.known_step, device=self._table.device)
+            # filled, since a copy from the host would wait; and no view, whose offset torch.compile may guard on
+            self.step = torch.full((), self.known_step, device=self._table.device)
+
+    def _number_of(self, timestep: Any) -> int | None:
+        """The step of a timestep as a number, where that can be had without waiting for a device."""
+        if isinstance(timestep, torch.Tensor):
+            if torch.compiler.is_compiling():
+                return None
+            entry = _place_in(self._given, timestep) if self._unit == (1.0, 0.0) else None
+            if entry is not None:
+                return self.timesteps.index(self.timesteps[entry])
+            if timestep.device.type != "cpu":
+                return None
+            timestep = timestep[(0,) * timestep.ndim].float()
+        now = float(self._in_table_units(timestep))
+        return min(range(len(self.timesteps)), key=lambda i: abs(self.timesteps[i] - now))
+
+    def _in_table_units(self, timestep: Any) -> Any:
+        factor, offset = self._unit
+        return timestep if self._unit == (1.0, 0.0) else timestep * factor + offset
 
     def _branches_now(self, given: Mapping[str, Any]) -> tuple[str, ...]:
         if given.get("skip_layers") is not None:  # the extra call of skip-layer guidance
@@ -158,6 +187,20 @@ class DenoisingContext(Context):
             self.turn = (self.turn + 1) % len(branches)
             return (branches[self.turn - 1],)
         return branches
+
+
+def _place_in(whole: torch.Tensor, entry: torch.Tensor) -> int | None:
+    """The index of `entry` if it is a view of one entry of `whole (T,)`.
+
+    Pipelines take their timesteps from the scheduler's tensor one by one, and the host knows where a view begins.
+    """
+    repeated = all(size == 1 or stride == 0 for size, stride in zip(entry.shape, entry.stride(), strict=True))
+    if not repeated or whole.ndim != 1 or entry.dtype != whole.dtype:
+        return None
+    if entry.untyped_storage()._cdata != whole.untyped_storage()._cdata:
+        return None
+    index, left = divmod(entry.storage_offset() - whole.storage_offset(), max(whole.stride(0), 1))
+    return index if left == 0 and 0 <= index < len(whole) else None
 
 
 def _size(sample: Any, given: Mapping[str, Any]) -> tuple[int, int] | None:
