@@ -3,7 +3,9 @@
 (a) our hook against the one that dense systems use (encode all, decode all, put the error back), side by side;
 (b) a denoiser of the size of Stable Diffusion 1.5's, steered and bare;
 (c) the same on a GPU, where there is one, eager and compiled;
-(d) what is read and held to steer ten features of a 163,840-latent SAE that lies on disk.
+(d) what is read and held to steer ten features of a 163,840-latent SAE that lies on disk;
+(e) kernels and waits of the host that a steered step adds to a bare one, counted, and the same of another checkout of
+    the package if `--before` names one; processor time of the host, at a pipeline so small that it is all there is.
 
 Sides take turns and medians are compared, since these machines are noisy.
 """
@@ -28,6 +30,7 @@ import torch
 from arguments import parse
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
+from steering_kernels import kernels, pipeline
 
 from diffusers_sae import SAESteeringPipeline, TopKSAE
 from diffusers_sae.context import Context
@@ -85,7 +88,7 @@ def hooks(rounds: int, latents: Sequence[int]) -> list[dict[str, Any]]:
                 context = Context(rows=2, branches=("uncond", "cond"))
                 one = LoadedSAE("bench", sae, Site(SITE), Place("unet", module, module), context=context)
                 edit = make_edit(dict.fromkeys(features.tolist(), 2.0), sae, mode=mode, branch="both")
-                one.prepared = [prepare(edit, sae, None, context, None, torch.device("cpu"))]
+                one.make_ready([prepare(edit, sae, None, context, None, torch.device("cpu"))])
                 hook = SAEProcessor([one], context, lambda: True)
                 times = interleaved(
                     {
@@ -179,6 +182,61 @@ def denoiser(
     }
 
 
+def launches(smoke: bool, before: Path | None, rounds: int) -> dict[str, Any]:
+    """(e): of this package and of another checkout, in processes of their own."""
+    sides = {"after": Path(__file__).parents[1], **({} if before is None else {"before": before})}
+    found: dict[str, Any] = {}
+    for name, folder in sides.items():
+        command = [sys.executable, __file__, "--kernels", *(["--smoke"] if smoke else [])]
+        told = subprocess.run(command, check=True, capture_output=True, text=True, env=_with_package(folder)).stdout
+        found[name] = json.loads(told.splitlines()[-1])
+    found["host"] = _host_time(sides, rounds)
+    return found
+
+
+def _with_package(folder: Path) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(folder)}
+
+
+def _host_time(sides: dict[str, Path], rounds: int) -> dict[str, Any]:
+    """Median processor milliseconds that a step of each plan adds to one of the bare pipeline; sides take turns."""
+    told: dict[str, dict[str, list[float]]] = {name: {} for name in sides}
+    for _ in range(rounds):
+        for name, folder in sides.items():
+            command = [sys.executable, __file__, "--host"]
+            out = subprocess.run(command, check=True, capture_output=True, text=True, env=_with_package(folder)).stdout
+            for plan, milliseconds in json.loads(out.splitlines()[-1]).items():
+                told[name].setdefault(plan, []).append(milliseconds)
+    return {name: {plan: statistics.median(each) for plan, each in plans.items()} for name, plans in told.items()}
+
+
+@torch.no_grad()
+def host_time(steps: int = 20, rounds: int = 9) -> dict[str, float]:
+    """Processor milliseconds a step, bare and what two plans add; runs take turns, and medians are compared."""
+    embeds, latents = torch.randn(1, 7, 16), torch.randn(1, 4, 8, 8)
+    call = {"prompt_embeds": embeds, "negative_prompt_embeds": embeds, "latents": latents, "height": 64, "width": 64}
+    pipes = {name: pipeline(False) for name in ("bare", "add", "set")}
+    for name, pipe in pipes.items():
+        pipe.unet.float()
+        if name != "bare":
+            pipe.load_sae(TopKSAE(8, 64, 4), site="unet.up_blocks.1.attentions.0")
+            pipe.steer(dict.fromkeys(range(10), 1.5), mode=name)
+    times: dict[str, list[float]] = {name: [] for name in pipes}
+    for i in range(rounds + 1):
+        for name, pipe in pipes.items():
+            start = time.process_time()
+            pipe(num_inference_steps=steps, output_type="latent", **call)
+            if i:
+                times[name].append(1000 * (time.process_time() - start) / steps)
+    return {
+        "bare": statistics.median(times["bare"]),
+        **{
+            name: statistics.median(a - b for a, b in zip(times[name], times["bare"], strict=True))
+            for name in ("add", "set")
+        },
+    }
+
+
 def from_disk(latents: int) -> dict[str, Any]:
     """(d): a child process opens a large SAE that no cache holds, steers ten features, counts what it read and held."""
     with tempfile.TemporaryDirectory() as folder:
@@ -235,12 +293,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--steps", type=int, default=1, help="denoising steps of a run of (b)")
-    parser.add_argument("--parts", type=lambda text: text.split(","), default=list("abcd"))
+    parser.add_argument("--parts", type=lambda text: text.split(","), default=list("abcde"))
+    parser.add_argument("--before", type=Path, help="another checkout, whose package (e) counts too")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--kernels", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--host", action="store_true", help=argparse.SUPPRESS)
     parser.set_defaults(latents=LATENTS, gpu_steps=20)
     args = parse(parser, "steering_overhead.json", rounds=1, latents=(512, 1024), gpu_steps=2)
     if args.child:
         child(args.child)
+        return
+    if args.kernels or args.host:
+        print(json.dumps(kernels(2, args.smoke) if args.kernels else host_time()))
         return
     figures = json.loads(args.out.read_text()) if args.out.exists() else {}
     figures["machine"] = machine()
@@ -259,6 +323,9 @@ def main() -> None:
             denoiser(*where, args.gpu_steps, args.rounds, args.smoke, compiled) for compiled in (False, True)
         ]
         print(json.dumps(figures["denoiser_gpu"]))
+    if "e" in args.parts:
+        figures["kernels"] = launches(args.smoke, args.before, 1 if args.smoke else 3)
+        print(json.dumps(figures["kernels"]))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(figures, indent=1) + "\n")
 

@@ -41,14 +41,12 @@ class Context:
 
     @property
     def host_step(self) -> int | None:
-        """The step as a number that Python may branch on; `None` under `torch.compile`, which would compile each anew."""
-        if len(self.timesteps) == 1:
-            return 0
+        """The step as a number that Python may branch on; `None` under `torch.compile`, which would compile each."""
         return None if torch.compiler.is_compiling() else self.known_step
 
     def at_step(self, table: torch.Tensor) -> torch.Tensor:
         """The row of `table (T, ...)` for the current step, without waiting for the device."""
-        step = self.host_step
+        step = 0 if len(self.timesteps) == 1 else self.host_step
         return table.index_select(0, self.step.reshape(1))[0] if step is None else table[step]
 
     @property
@@ -123,8 +121,8 @@ class DenoisingContext(Context):
         self._given = timesteps
         self.timesteps = tuple(float(t) for t in timesteps.tolist())
         self.training_timesteps = self._pipe.scheduler.config.num_train_timesteps
-        self._table = timesteps.to(device, torch.float32)
-        self._unit = self._family.unit(self._pipe)
+        factor, offset = self._unit = self._family.unit(self._pipe)
+        self._table = (timesteps.to(device, torch.float32) - offset) / factor  # as the denoiser is given them
         self._planned = self._family.branches(self._pipe, self._call)
         height, width = self._call.get("height"), self._call.get("width")
         self._asked_size = (height, width) if height and width else None
@@ -148,8 +146,7 @@ class DenoisingContext(Context):
     def _find_step(self, timestep: Any) -> None:
         self.known_step = self._number_of(timestep)
         if self.known_step is None:
-            now = self._in_table_units(timestep[(0,) * timestep.ndim].float())
-            self.step = (self._table - now.to(self._table.device)).abs().argmin()
+            self.step = (self._table - timestep[(0,) * timestep.ndim]).abs().argmin()
         else:
             # filled, since a copy from the host would wait; and no view, whose offset torch.compile may guard on
             self.step = torch.full((), self.known_step, device=self._table.device)
@@ -164,13 +161,10 @@ class DenoisingContext(Context):
                 return self.timesteps.index(self.timesteps[entry])
             if timestep.device.type != "cpu":
                 return None
-            timestep = timestep[(0,) * timestep.ndim].float()
-        now = float(self._in_table_units(timestep))
-        return min(range(len(self.timesteps)), key=lambda i: abs(self.timesteps[i] - now))
-
-    def _in_table_units(self, timestep: Any) -> Any:
+            timestep = float(timestep[(0,) * timestep.ndim])
         factor, offset = self._unit
-        return timestep if self._unit == (1.0, 0.0) else timestep * factor + offset
+        now = timestep * factor + offset
+        return min(range(len(self.timesteps)), key=lambda i: abs(self.timesteps[i] - now))
 
     def _branches_now(self, given: Mapping[str, Any]) -> tuple[str, ...]:
         if given.get("skip_layers") is not None:  # the extra call of skip-layer guidance
@@ -199,7 +193,7 @@ def _place_in(whole: torch.Tensor, entry: torch.Tensor) -> int | None:
         return None
     if entry.untyped_storage()._cdata != whole.untyped_storage()._cdata:
         return None
-    index, left = divmod(entry.storage_offset() - whole.storage_offset(), max(whole.stride(0), 1))
+    index, left = divmod(int(entry.storage_offset()) - int(whole.storage_offset()), max(whole.stride(0), 1))
     return index if left == 0 and 0 <= index < len(whole) else None
 
 

@@ -13,11 +13,13 @@ from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 
 from .context import Context
+from .delta import add_shift, neutral, write_moved
 from .edits import Edit
 from .errors import InputError
 from .prepared import PreparedEdit
 from .rules import Decision
 from .saes import SparseAutoencoder
+from .shifts import Shifts
 from .sites import (
     LAYOUTS,
     Place,
@@ -45,14 +47,40 @@ class LoadedSAE:
     prepared: list[PreparedEdit] = field(default_factory=list)
     decisions: list[Decision] = field(default_factory=list)
     context: Context = field(default_factory=Context)
+    _shifts: Shifts | None = None
+
+    def make_ready(self, prepared: list[PreparedEdit]) -> None:
+        """Take the edits of the run that begins."""
+        self.prepared = prepared
+        shifts = [edit for edit in prepared if edit.is_shift]
+        self._shifts = Shifts(shifts) if shifts else None
+
+    def shift(self) -> torch.Tensor | None:
+        """What edits add now that no activation shapes; see `Shifts.at`."""
+        return None if self._shifts is None else self._shifts.at(self.context)
+
+    def reads(self) -> bool:
+        """Whether an edit of the run, or a rule, depends on activations."""
+        shifts = self._shifts is not None and all(edit.is_shift for edit in self.prepared)
+        return bool(self.decisions) or (bool(self.prepared) and not shifts)
+
+    def due(self, branch: str) -> list[PreparedEdit]:
+        """The edits, those in `shift` left out, that may change rows of the branch now."""
+        rest = self.prepared if self._shifts is None else [edit for edit in self.prepared if not edit.is_shift]
+        return [edit for edit in rest if edit.needs(branch, self.context)]
+
+    def together(self, branch: str) -> tuple[Any, ...]:
+        """Branches for which this is equal are changed alike, so that one call of `change` does for both."""
+        known = [self.prepared.index(edit) for edit in self.due(branch)]
+        return tuple((i, self.prepared[i].edit.weights[branch]) for i in known)
 
     def change(self, x: torch.Tensor, branch: str, grid: Callable[[], tuple[int, int]]) -> torch.Tensor | None:
-        """`M · s(t) · (dec(z') - dec(z))` of all edits for the rows of one branch, or `None` where nothing changes.
+        """`M · s(t) · (dec(z') - dec(z))` of the edits that are due, or `None` where nothing changes.
 
-        `x` is `(images, P, d)`; the result is in fp32 and broadcasts to it. `grid` gives height and width of the P
-        places.
+        `x` is `(..., images, P, d)`, with the branches in front that are changed together with `branch`; the result is
+        in fp32 and broadcasts to it. `grid` gives height and width of the P places.
         """
-        due = [edit for edit in self.prepared if edit.needs(branch, self.context)]
+        due = self.due(branch)
         codes = iter(self._codes(x, [edit.features for edit in due if edit.edit.operation.needs_code]))
         total: torch.Tensor | None = None
         for edit in due:
@@ -62,9 +90,11 @@ class LoadedSAE:
         return total
 
     def _codes(self, x: torch.Tensor, features: list[torch.Tensor]) -> Sequence[torch.Tensor]:
-        """The codes of several groups of features, `(images, P, m)` each, in one encoding."""
+        """The codes of several groups of features, `(..., images, P, m)` each, in one encoding."""
         if not features:
             return ()
+        if len(features) == 1:
+            return (self.sae.encode_only(x, features[0]),)
         return self.sae.encode_only(x, torch.cat(features)).split([len(each) for each in features], -1)
 
     def rows(self, x: torch.Tensor) -> torch.Tensor:
@@ -106,7 +136,7 @@ class SAEProcessor(ModelHook):
             self._inputs[stream] = input_of(args, kwargs, stream)
         for stream in self._streams("input"):
             x = input_of(args, kwargs, stream)
-            args, kwargs = with_input(args, kwargs, stream, self._edited(x, x, "input", stream))
+            args, kwargs = with_input(args, kwargs, stream, self._edited(x, None, "input", stream))
         return args, kwargs
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
@@ -114,9 +144,9 @@ class SAEProcessor(ModelHook):
             return output
         for stream in self._streams("output", "update"):
             x = tensor_of(output, module, stream)
-            edited = self._edited(x, x, "output", stream)
+            edited = self._edited(x, None, "output", stream)
             if stream in self._inputs:
-                edited = self._edited(edited, x - self._inputs.pop(stream), "update", stream)
+                edited = self._edited(edited, (x, self._inputs.pop(stream)), "update", stream)
             if edited is not x:
                 output = with_tensor(output, edited, module, stream)
         return output
@@ -126,32 +156,90 @@ class SAEProcessor(ModelHook):
         used = [one for one in self.loaded if one.site.kind in kinds and (one.prepared or one.decisions)]
         return list(dict.fromkeys(one.site.stream for one in used))
 
-    def _edited(self, x: torch.Tensor, seen: torch.Tensor, kind: str, stream: str) -> torch.Tensor:
-        """`x` with the changes that SAEs of this kind of site make from what they see; `x` itself if there are none."""
+    def _edited(
+        self, x: torch.Tensor, update: tuple[torch.Tensor, torch.Tensor] | None, kind: str, stream: str
+    ) -> torch.Tensor:
+        """`x` with the changes that SAEs of this kind of site make from what they see; `x` itself if there are none.
+
+        They see `x`, or, of an `update (output, input)`, the difference.
+        """
         here = [one for one in self.loaded if one.site.kind == kind and one.site.stream == stream]
+        whole = len(x) == self.context.rows
+        shift = self._shift(here, x)
+        if not any(one.reads() for one in here):
+            return x if shift is None else self._add(x, shift)
+        seen = x if update is None else update[0] - update[1]
 
         def grid() -> tuple[int, int]:
             return grid_of(x, self.context.size)
 
-        parts = list(self.context.parts())
-        cond = next((rows for branch, rows in parts if branch == "cond"), None)
+        cond = next((rows for branch, rows in self.context.parts() if branch == "cond"), None)
         if cond is not None:
             for one in here:
                 self._decide(one, seen[cond], grid)
-        result = x
-        for branch, rows in parts:
-            changes = [self._change(one, seen[rows], branch, grid) for one in here if one.prepared]
-            found = [change for change in changes if change is not None]
-            if found:
-                result = x.clone() if result is x else result
-                result[rows] = moved(x[rows], sum(found[1:], found[0]))
+        groups = self._groups(here, whole)
+        changes = [(rows, self._sum(here, seen[rows], branches, grid)) for branches, rows in groups]
+        found = [(rows, change) for rows, change in changes if change is not None]
+        if not found:
+            return x if shift is None else self._add(x, shift)
+        if whole and len(groups) == 1:
+            result = torch.empty_like(x)
+        else:
+            result = x.clone() if shift is None else self._add(x, shift)
+        for rows, change in found:
+            add = () if shift is None else (shift if len(shift) == 1 else shift[rows],)
+            write_moved(result, x, rows, sum(add, change))
         return result
 
-    def _change(
-        self, one: LoadedSAE, seen: torch.Tensor, branch: str, grid: Callable[[], tuple[int, int]]
+    def _shift(self, here: list[LoadedSAE], x: torch.Tensor) -> torch.Tensor | None:
+        """What SAEs add to a batch `x` that no activation shapes, with one row or all; -0 where nothing."""
+        found = []
+        for one in here:
+            shift = one.shift()
+            if shift is not None:
+                one.rows(x)  # which raises if the SAE does not fit
+                found.append(LAYOUTS[one.site.layout].from_rows(shift, x))
+        return neutral(sum(found[1:], found[0])) if len(found) > 1 else next(iter(found), None)
+
+    def _add(self, x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        """`x` with the shift added to the rows that the context knows of."""
+        rows = self.context.rows
+        if len(x) == rows:
+            return add_shift(x, shift)
+        return torch.cat([add_shift(x[:rows], shift[: len(x)]), x[rows:]])
+
+    def _groups(self, here: list[LoadedSAE], whole: bool) -> list[tuple[tuple[str, ...], slice]]:
+        """Adjacent branches that are changed alike, with their rows; each by itself if the batch is not `whole`."""
+        groups: list[tuple[tuple[str, ...], slice]] = []
+        last = None
+        for branch, rows in self.context.parts():
+            alike = [one.together(branch) for one in here if one.prepared]
+            if groups and whole and alike == last:
+                groups[-1] = ((*groups[-1][0], branch), slice(groups[-1][1].start, rows.stop))
+            else:
+                groups.append(((branch,), rows))
+            last = alike
+        return groups
+
+    def _sum(
+        self, here: list[LoadedSAE], seen: torch.Tensor, branches: tuple[str, ...], grid: Callable[[], tuple[int, int]]
     ) -> torch.Tensor | None:
-        """The change of one SAE for rows of one branch, in the shape of the site's tensor."""
-        change = one.change(one.rows(seen), branch, grid)
+        """The changes of some SAEs, in the shape of the site's tensor, for rows of branches that are changed alike."""
+        changes = [self._change(one, seen, branches, grid) for one in here if one.prepared]
+        found = [change for change in changes if change is not None]
+        return sum(found[1:], found[0]) if found else None
+
+    def _change(
+        self, one: LoadedSAE, seen: torch.Tensor, branches: tuple[str, ...], grid: Callable[[], tuple[int, int]]
+    ) -> torch.Tensor | None:
+        """The change of one SAE for rows of branches that are changed alike, in the shape of the site's tensor."""
+        rows = one.rows(seen)
+        if len(branches) == 1:
+            change = one.change(rows, branches[0], grid)
+        else:
+            change = one.change(rows.unflatten(0, (len(branches), -1)), branches[0], grid)
+            if change is not None:
+                change = change.expand(len(branches), self.context.images, *change.shape[-2:]).flatten(0, 1)
         return None if change is None else LAYOUTS[one.site.layout].from_rows(change, seen)
 
     @staticmethod
@@ -173,17 +261,12 @@ class ArgumentProcessor(SAEProcessor):
         self.fired = True
         site = self.loaded[0].site
         x = argument_of(kwargs, site)
-        edited = self._edited(x, x, "output", "image")
+        edited = self._edited(x, None, "output", "image")
         return None if edited is x else (args, with_argument(kwargs, site, edited))
 
 
 def nothing(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """What a copy of a hooked module has in the place of the hook: the copy belongs to no pipeline."""
-
-
-def moved(x: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
-    """`x + change`, summed in fp32; where nothing changes, `x` bit for bit (adding 0 would turn -0 into +0)."""
-    return torch.where(change == 0, x, (x.float() + change).to(x.dtype))
 
 
 class CaptureHook(ModelHook):

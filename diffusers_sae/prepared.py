@@ -6,8 +6,8 @@ where users change numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +19,11 @@ from .rules import Decision
 from .saes import LatentStatistics, SparseAutoencoder
 from .strengths import strength_table
 
+TABLE_LIMIT = 2**24
+"""Numbers in a table of changes that is computed before a run, at most: 64 MiB of them."""
 
-@dataclass
+
+@dataclass(eq=False)
 class PreparedEdit:
     """One edit for one run.
 
@@ -34,6 +37,9 @@ class PreparedEdit:
         mask: `(1 or images, 1, H, W)` in [0, 1].
         decision: of the edit's rule.
         row_scale: see `SparseAutoencoder.row_scale`.
+        table: of an edit that adds the same everywhere in an image, what it adds inside the window,
+            `(T, 1 or images, d)`.
+        is_shift: whether that is all it does, so that its change depends on step, image and branch alone.
     """
 
     edit: Edit
@@ -45,6 +51,9 @@ class PreparedEdit:
     mask: torch.Tensor | None
     decision: Decision | None
     row_scale: Callable[[torch.Tensor], torch.Tensor | None]
+    table: torch.Tensor | None = None
+    is_shift: bool = False
+    _kept: dict[Hashable, torch.Tensor] = field(default_factory=dict)
 
     @property
     def needs_grid(self) -> bool:
@@ -60,29 +69,23 @@ class PreparedEdit:
 
     def needs(self, branch: str, context: Context) -> bool:
         """Whether it may change rows of the branch now."""
-        known = None if torch.compiler.is_compiling() else context.known_step
+        known = context.host_step
         return self.edit.weights.get(branch, 0.0) != 0.0 and (known is None or self.acts[known])
 
     def change(
         self, x: torch.Tensor, z: torch.Tensor | None, branch: str, context: Context, grid: tuple[int, int] | None
     ) -> torch.Tensor:
-        """`M · s(t) · (dec(z') - dec(z))` for rows `x (images, P, d)` of one branch, in fp32; broadcasts to `x`.
+        """`M · s(t) · (dec(z') - dec(z))` for rows `x (..., images, P, d)` of a branch, in fp32; broadcasts to `x`.
 
-        `z (images, P, m)` is their code, if the operation needs it; `grid` is height and width of the P places, where
-        they have any.
+        `z (..., images, P, m)` is their code, if the operation needs it; `grid` is height and width of the P places,
+        where they have any. Branches of equal weight may come together, in front of the images.
         """
-        strengths = self._strengths_now(context, grid)
-        if self.edit.operation.overwrites:
-            assert grid is not None and z is not None
-            change = _overwritten(x.float(), self.edit.operation.apply(z, strengths).any(-1), grid)
-        else:
-            change = (strengths if z is None else self.edit.operation.apply(z, strengths) - z) @ self.directions
-            scale = self.row_scale(x)
-            change = change if scale is None else scale * change
-        delta = self.edit.weights[branch] * change
+        delta = self._unmasked(x, z, context, grid)
+        weight = self.edit.weights[branch]
+        delta = delta if weight == 1 else weight * delta
         if self.edit.preserve_norm:
             delta = _norm_preserving(x.float(), delta)
-        if self.windowed:
+        if self.windowed and context.host_step is None:  # with the step known, only edits that act come here
             delta = delta * self.inside.index_select(0, context.step.reshape(1))
         if self.mask is not None:
             delta = delta * self._mask_at(grid, context.images)
@@ -92,14 +95,26 @@ class PreparedEdit:
             delta = delta * self.decision.weights(x, grid)
         return delta
 
+    def _unmasked(
+        self, x: torch.Tensor, z: torch.Tensor | None, context: Context, grid: tuple[int, int] | None
+    ) -> torch.Tensor:
+        """`dec(z') - dec(z)`."""
+        if self.edit.operation.overwrites:
+            assert grid is not None and z is not None
+            return self._overwritten(x, z, self._strengths_now(context, grid), grid)
+        if self.table is not None:
+            check_images(self.table.shape[1], context)
+            change = context.at_step(self.table)[:, None]
+        else:
+            strengths = self._strengths_now(context, grid)
+            change = (strengths if z is None else self.edit.operation.apply(z, strengths) - z) @ self.directions
+        scale = self.row_scale(x)
+        return change if scale is None else scale * change
+
     def _strengths_now(self, context: Context, grid: tuple[int, int] | None) -> torch.Tensor:
         """`(1 or images, 1 or P, m)`."""
-        now = self.strengths.index_select(0, context.step.reshape(1))[0]  # (1 or images, 1 or H, 1 or W, m)
-        if len(now) not in (1, context.images):
-            raise InputError(
-                f"A strength has {len(now)} numbers and the batch {context.images} images; "
-                "pass one number, or one for each image."
-            )
+        now = context.at_step(self.strengths)  # (1 or images, 1 or H, 1 or W, m)
+        check_images(len(now), context)
         if now.shape[1:3] == (1, 1):
             return now.flatten(1, 2)
         assert grid is not None
@@ -110,7 +125,7 @@ class PreparedEdit:
     def _mask_at(self, grid: tuple[int, int] | None, images: int) -> torch.Tensor:
         """The mask on the site's grid, `(1 or images, P, 1)`."""
         assert self.mask is not None and grid is not None
-        n, _, height, width = self.mask.shape
+        mask, (n, _, height, width) = self.mask, self.mask.shape
         if n not in (1, images):
             raise InputError(f"The mask has {n} images and the batch {images}; pass one mask, or one for each image.")
         if abs(height * grid[1] - width * grid[0]) > max(height, width):
@@ -118,16 +133,40 @@ class PreparedEdit:
                 f"The mask is {height} x {width}, which does not fit a site of {grid[0]} x {grid[1]}; "
                 "make it as high and wide as the image, or smaller in the same ratio."
             )
-        return F.interpolate(self.mask, grid, mode="area").flatten(2).transpose(1, 2)
+        return self._keep(("mask", grid), lambda: F.interpolate(mask, grid, mode="area").flatten(2).transpose(1, 2))
 
     def _chosen_tokens(self, x: torch.Tensor) -> torch.Tensor:
         """`(P, 1)`: 1 at the tokens."""
-        if max(self.edit.tokens) >= x.shape[1]:
-            raise InputError(
-                f"Token {max(self.edit.tokens)} is out of range; the site has the tokens 0 to {x.shape[1] - 1}."
-            )
-        places = torch.arange(x.shape[1], device=x.device)
-        return sum((places == t).float() for t in self.edit.tokens)[:, None]  # type: ignore[union-attr, index]
+        count, tokens = x.shape[-2], self.edit.tokens
+        if max(tokens) >= count:
+            raise InputError(f"Token {max(tokens)} is out of range; the site has the tokens 0 to {count - 1}.")
+        places = lambda: torch.arange(count, device=x.device)  # noqa: E731
+        return self._keep(("tokens", count), lambda: sum((places() == t).float() for t in tokens)[:, None])  # type: ignore[union-attr, index]
+
+    def _overwritten(
+        self, x: torch.Tensor, z: torch.Tensor, bounds: torch.Tensor, grid: tuple[int, int]
+    ) -> torch.Tensor:
+        """The change that gives places with a latent above its bound the row of the nearest place with none."""
+        fires = self.edit.operation.apply(z, bounds).any(-1)
+        places = self._keep(("places", grid), lambda: _places(grid, x.device))
+        return _overwritten(x.float().flatten(0, -3), fires.flatten(0, -2), places).unflatten(0, x.shape[:-2])
+
+    def _keep(self, key: Hashable, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What `make` gives, for the rest of the run; under `torch.compile` always anew, since graphs keep nothing."""
+        if torch.compiler.is_compiling():
+            return make()
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
+
+
+def check_images(count: int, context: Context) -> None:
+    """Raise `InputError` if there are `count` strengths, one an image, and another number of images."""
+    if count not in (1, context.images):
+        raise InputError(
+            f"A strength has {count} numbers and the batch {context.images} images; "
+            "pass one number, or one for each image."
+        )
 
 
 def prepare(
@@ -146,21 +185,32 @@ def prepare(
         strengths = strengths * units[:, None, None, None]
     identity = edit.operation.identity
     inside = [edit.in_window(context.progress(t)) for t in context.timesteps]
-    acts = tuple(
-        i and (identity is None or bool((now != identity).any())) for i, now in zip(inside, strengths, strict=True)
-    )
-    features = torch.tensor(edit.features)
-    return PreparedEdit(
+    changing = [True] * len(inside) if identity is None else (strengths != identity).flatten(1).any(1).tolist()
+    prepared = PreparedEdit(
         edit,
         strengths.contiguous().to(device),
         torch.tensor(inside, dtype=torch.float32, device=device),
-        acts,
-        features.to(device),
+        tuple(i and c for i, c in zip(inside, changing, strict=True)),
+        torch.tensor(edit.features, device=device),
         sae.decoder_rows(edit.features).to(device),
         None if edit.mask is None else edit.mask.to(device),
         decision,
         sae.row_scale,
     )
+    prepared.table = _table(prepared)
+    elsewhere = edit.mask is not None or edit.tokens or decision is not None
+    prepared.is_shift = prepared.table is not None and not (elsewhere or edit.preserve_norm or sae.input_norm)
+    return prepared
+
+
+def _table(edit: PreparedEdit) -> torch.Tensor | None:
+    """`PreparedEdit.table`, where there is one and it is not too large."""
+    steps, images, *places, _ = edit.strengths.shape
+    if edit.edit.operation.needs_code or places != [1, 1]:
+        return None
+    if steps * images * edit.directions.shape[-1] > TABLE_LIMIT:
+        return None
+    return edit.inside[:, None, None] * (edit.strengths[:, :, 0, 0] @ edit.directions)
 
 
 def _norm_preserving(x: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
@@ -169,15 +219,18 @@ def _norm_preserving(x: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
     return moved * (x.norm(dim=-1, keepdim=True) / moved.norm(dim=-1, keepdim=True).clamp(min=1e-12)) - x
 
 
-def _overwritten(x: torch.Tensor, fires: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+def _places(grid: tuple[int, int], device: torch.device) -> torch.Tensor:
+    """Row and column of every place of a grid, `(P, 2)`."""
+    height, width = grid
+    return torch.cartesian_prod(torch.arange(height, device=device), torch.arange(width, device=device)).float()
+
+
+def _overwritten(x: torch.Tensor, fires: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     """The change that gives every place that fires the row of the nearest place that does not (PER, 2606.31699).
 
-    `x (images, P, d)`, `fires (images, P)`. An image in which all places fire is left as it is.
+    `x (images, P, d)`, `fires (images, P)`, `places (P, 2)`. An image in which all places fire is left as it is.
     """
-    height, width = grid
-    y, across = torch.arange(height, device=x.device), torch.arange(width, device=x.device)
-    at = torch.cartesian_prod(y, across).float()  # (P, 2)
-    distance = torch.cdist(at, at) + torch.where(fires, torch.inf, 0.0)[:, None, :]  # (images, P, P)
+    distance = torch.cdist(places, places) + torch.where(fires, torch.inf, 0.0)[:, None, :]  # (images, P, P)
     nearest = distance.argmin(-1)
     moved = x.gather(1, nearest[..., None].expand_as(x)) - x
     changes = fires & ~fires.all(1, keepdim=True)

@@ -66,17 +66,19 @@ class Decision:
         self._grid = grid
 
     def weights(self, x: torch.Tensor, grid: tuple[int, int] | None) -> torch.Tensor:
-        """1 where it holds and 0 elsewhere, `(1 or images, 1 or P, 1)`, for rows `x (images, P, d)` on a grid."""
+        """1 where it holds and 0 elsewhere, `(1 or images, 1 or P, 1)`, for rows `x (..., images, P, d)` on a grid."""
         if self.holds is None:
             return x.new_zeros(1, 1, 1, dtype=torch.float32)
         holds = self.holds.to(x.device, torch.float32)
-        holds = holds.repeat_interleave(len(x) // len(holds), 0)  # what was decided by prompt, for each of its images
+        images, places = x.shape[-3:-1]
+        if len(holds) != images:  # what was decided by prompt, for each of its images
+            holds = holds.repeat_interleave(images // len(holds), 0)
         if self.rule.at == "image":
             return holds[:, None, None]
-        if holds.shape[1] != x.shape[1]:
+        if holds.shape[1] != places:
             if grid is None or self._grid is None:
                 raise InputError(
-                    f"A rule at places saw {holds.shape[1]} places and the site it acts on has {x.shape[1]}, which do "
+                    f"A rule at places saw {holds.shape[1]} places and the site it acts on has {places}, which do "
                     "not lie on grids; put both at one site, or use at='image'."
                 )
             holds = F.interpolate(holds.unflatten(1, self._grid)[:, None], grid, mode="nearest").flatten(1)

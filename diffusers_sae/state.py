@@ -177,10 +177,12 @@ class SteeringState:
         for one in self.loaded.values():
             if one.context is not root.context:
                 continue
-            one.prepared = [
-                prepare(edit, one.sae, one.sae.statistics, root.context, self._decisions.get(edit.when), device)
-                for edit in (one.edits if one.enabled else [])
-            ]
+            one.make_ready(
+                [
+                    prepare(edit, one.sae, one.sae.statistics, root.context, self._decisions.get(edit.when), device)
+                    for edit in (one.edits if one.enabled else [])
+                ]
+            )
             if one.decisions or any(e.edit.operation.needs_code for e in one.prepared):
                 one.sae.fetch()
                 one.sae.to(device)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diffusers_sae import InputError
-from diffusers_sae.context import DenoisingContext, TextContext
+from diffusers_sae.context import DenoisingContext, TextContext, _place_in
 from diffusers_sae.families import family_of, images_of
 
 
@@ -78,6 +78,32 @@ def test_timesteps_in_other_units(name, given):
     context = context_of(pipeline(name, guidance=False, transformer=transformer), prompt="a")
     context.update((), {"hidden_states": torch.zeros(1, 4, 8, 8), "timestep": torch.tensor([given])})
     assert context.timestep == 250
+
+
+@pytest.mark.parametrize(
+    ("take", "step"),
+    [
+        (lambda t: t[2], 2),
+        (lambda t: t[1].expand(6), 1),
+        (lambda t: t[2:], 2),
+        (lambda t: t[[1]], None),
+        (lambda t: t[1] + 0, None),
+        (lambda t: t[1:], None),
+        (lambda t: t[0].view(torch.int32), None),
+    ],
+)
+def test_a_view_of_the_schedulers_tensor_tells_its_step(take, step):
+    timesteps = torch.tensor([999.0, 750.0, 250.0])
+    assert _place_in(timesteps, take(timesteps)) == step
+
+
+def test_of_equal_timesteps_the_first_one_is_the_step():
+    pipe = pipeline()
+    pipe.scheduler.timesteps = torch.tensor([999.0, 750.0, 750.0, 250.0])
+    context = context_of(pipe)
+    for timestep in (pipe.scheduler.timesteps[2], torch.tensor(750.0), 750):
+        context.update((torch.zeros(2, 4, 8, 8), timestep), {})
+        assert (context.known_step, int(context.step)) == (1, 1)
 
 
 def test_branches_in_turn_alternate():

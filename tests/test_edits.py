@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 def at(*timesteps, step=0, **attributes):
     context = Context(timesteps=timesteps, training_timesteps=1000, **attributes)
-    context.step = torch.tensor(step)
+    context.step, context.known_step = torch.tensor(step), step
     return context
 
 

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from ..delta import moved
 from ..edits import OPERATIONS
 from ..errors import InputError
-from ..hooks import moved
 from ..saes import SparseAutoencoder
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..hooks import LoadedSAE
+from ..prepared import PreparedEdit
 from ..saes import SparseAutoencoder
 from ..sites import Site, resolve
 
@@ -25,6 +26,12 @@ class WithErrorTerm(LoadedSAE):
     """An SAE whose edits are written as `dec(z') + w (x - x̂)` on every row and step that an edit addresses."""
 
     weight: float = 1.0
+
+    def make_ready(self, prepared: list[PreparedEdit]) -> None:
+        self.prepared = prepared  # and no shifts: the error term depends on activations, whatever the edit
+
+    def together(self, branch: str) -> tuple[Any, ...]:
+        return (*super().together(branch), any(branch in edit.edit.weights for edit in self.prepared))
 
     def change(self, x: torch.Tensor, branch: str, grid: Callable[[], tuple[int, int]]) -> torch.Tensor | None:
         delta = super().change(x, branch, grid)

@@ -13,7 +13,9 @@ from .base import SparseAutoencoder, SparseCode, register_architecture
 from .ops import topk_encode
 
 BLOCK = 4096
-"""Latents whose pre-activations are looked at together."""
+"""Latents whose pre-activations are looked at together, at least."""
+TOGETHER = 2**24
+"""Pre-activations that are looked at together, at most, unless `BLOCK` latents have more: 64 MiB of them."""
 
 
 @register_architecture
@@ -60,17 +62,37 @@ class TopKSAE(SparseAutoencoder):
 
     def encode_only(self, x: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """The k-th largest pre-activation decides; it is found in blocks, and no dense code is kept."""
-        centred = self.normalized(x) - self.b_dec
-        z = centred.new_zeros(*x.shape[:-1], len(features))
-        largest = []
-        for start in range(0, self.n_latents, BLOCK):
-            rows = slice(start, start + BLOCK)
-            pre = nn.functional.linear(centred, self.W_enc[rows], self.b_enc[rows])
-            pre = pre.relu_() if self.relu else pre
-            width = pre.shape[-1]
-            here = features - start
+        centred = (self.normalized(x) - self.b_dec).reshape(-1, self.d_in)
+        block = self._block_for(len(centred))
+        if block >= self.n_latents:
+            pre = nn.functional.linear(centred, self.W_enc, self.b_enc)
             # from this very product, since another one may round the k-th latent below itself
-            z = torch.where((here >= 0) & (here < width), pre[..., here.clamp(0, width - 1)], z)
+            z, largest = pre.index_select(-1, features), pre
+        else:
+            z, largest = self._pre_and_largest(centred, features, block)
+        kth = largest.topk(self.k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+        z = z.relu() if self.relu else z  # the k-th may stay below 0, since all latents above 0 are then active
+        return (z * (z >= kth)).view(*x.shape[:-1], len(features))
+
+    def _block_for(self, rows: int) -> int:
+        """Latents that are looked at together: doubled while their pre-activations fit `TOGETHER`."""
+        block = BLOCK
+        while block < self.n_latents and 2 * block * rows <= TOGETHER:
+            block *= 2
+        return block
+
+    def _pre_and_largest(
+        self, centred: torch.Tensor, features: torch.Tensor, block: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pre-activations of `features (N, m)`, and some of all latents that hold the k largest of each row."""
+        z = centred.new_zeros(len(centred), len(features))
+        owner, place = features // block, features % block
+        largest = []
+        for i, start in enumerate(range(0, self.n_latents, block)):
+            rows = slice(start, start + block)
+            pre = nn.functional.linear(centred, self.W_enc[rows], self.b_enc[rows])
+            width = pre.shape[-1]
+            here = place if width == block else place.clamp(max=width - 1)
+            z = torch.where(owner == i, pre.index_select(-1, here), z)
             largest.append(pre.topk(min(self.k, width), dim=-1, sorted=False).values)
-        kth = torch.cat(largest, -1).topk(self.k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
-        return z * (z >= kth)
+        return z, torch.cat(largest, -1)
