@@ -60,6 +60,21 @@ def test_modes_that_read_the_code_compile(mode):
     torch.testing.assert_close(harness.run(), eager.run(), atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("arguments", [{}, {"branch": "both"}, {"mode": "scale"}])
+def test_runs_of_one_step_compile_twice_at_most_whatever_the_strength(arguments):
+    eager, harness, counter = Harness(), Harness(), Counter()
+    for one in (eager, harness):
+        one.pipe.load_sae(one.sae())
+    compiled(harness, counter)
+    for strength in (1.0, 0.0, -2.0, 9.0):
+        for one in (eager, harness):
+            one.pipe.reset_steering()
+            one.pipe.steer({3: strength, 5: strength}, **arguments)
+        found, expected = (one.run(num_inference_steps=1) for one in (harness, eager))
+        torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-2)
+    assert counter.graphs <= 2
+
+
 def test_repeated_blocks_compile(sd):
     sd.pipe.load_sae(sd.sae())
     sd.pipe.steer({3: 9.0})
