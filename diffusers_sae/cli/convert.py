@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ..errors import InputError
+from .files import check_output_folder
 
 
 def convert(
@@ -32,6 +37,7 @@ def convert(
         raise InputError(f"{to!r} cannot be written; choose one of {', '.join(writers)}.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} is there already; choose a new folder.")
+    check_output_folder(folder)
     sae = load_sae(source, subfolder, weight_name, settings_of(set_ or []), inert=True)
     provenance = sae.provenance
     if site is not None:
@@ -40,8 +46,22 @@ def convert(
         provenance["base_model"] = base_model
     sae.register_to_config(provenance=provenance or None)
     sae.fetch()
-    writers[to](sae, folder)
+    with _written_whole(folder) as unfinished:
+        writers[to](sae, unfinished)
     typer.echo(f"{type(sae).__name__} of {sae.n_latents:,} latents and width {sae.d_in}: {folder}")
+
+
+@contextmanager
+def _written_whole(folder: Path) -> Iterator[Path]:
+    """A folder beside that gets its name when all is written, and is removed if something goes wrong."""
+    unfinished = folder.absolute().with_name(f".{folder.absolute().name}.{os.getpid()}")
+    try:
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        unfinished.replace(folder)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
 
 
 def settings_of(settings: list[str]) -> dict[str, Any]:
@@ -49,7 +69,7 @@ def settings_of(settings: list[str]) -> dict[str, Any]:
     found = {}
     for setting in settings:
         name, sign, value = setting.partition("=")
-        if not sign:
+        if not sign or not name:
             raise InputError(f"--set {setting} is not a setting; write --set name=value.")
         try:
             found[name] = json.loads(value)
