@@ -26,6 +26,8 @@ class SiteActivations:
 
     @property
     def tensor(self) -> torch.Tensor:
+        if not self._tensors:
+            raise InputError(f"{self.site} did not run, so that it held nothing; choose a block that runs.")
         return torch.cat(self._tensors)
 
     @property

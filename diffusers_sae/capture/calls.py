@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 import types
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from ..errors import InputError
@@ -38,9 +40,22 @@ def check_call(pipe: Any, call: Mapping[str, Any], taken: Collection[str] = CAPT
     hints = _hints_of(function)
     for name, value in call.items():
         _check_type(name, value, hints.get(name, Any))
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{name}={value} must be finite.")
     steps = call.get("num_inference_steps")
     if isinstance(steps, int) and steps < 1:
         raise InputError(f"num_inference_steps={steps} must be at least 1.")
+
+
+@contextmanager
+def arguments_refused_by(pipe: Any) -> Iterator[None]:
+    """What a pipeline says of its arguments, as an `InputError`."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{type(pipe).__name__} cannot be called like this: {error}") from error
 
 
 def _hints_of(function: Any) -> dict[str, Any]:

@@ -227,6 +227,9 @@ def _rows_of(batch: StreamBatch, path: str, config: StoreConfig) -> dict[str, to
     """What is kept of one batch, `rows (N, d)` and its labels `(N,)`, in the order image, timestep, branch, place."""
     seen: SiteActivations = batch.sites[path]
     rows = LAYOUTS[seen.site.layout].to_rows(seen.tensor)  # (calls x rows, P, d)
+    if rows.ndim != 3:
+        shape = tuple(seen.tensor.shape)
+        raise InputError(f"{seen.site} holds a tensor of shape {shape}, neither maps nor tokens; choose a block.")
     timesteps = list(dict.fromkeys(seen.timestep.tolist()))
     kept_steps = set(timesteps)
     if config.timesteps is not None and config.timesteps < len(timesteps):

@@ -14,7 +14,7 @@ from ..activations import AllSeen, SiteActivations
 from ..errors import InputError
 from ..families import denoiser_of, family_of
 from ..sites import Site
-from .calls import CAPTURE_SETS, check_call
+from .calls import CAPTURE_SETS, arguments_refused_by, check_call
 
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 """Shares of noise that images get."""
@@ -93,14 +93,10 @@ def stream_activations(
             for own in owns:
                 generators = [torch.Generator().manual_seed(seed + first + i) for i in range(n)]
                 try:
-                    with pipe._steering.unsteered():
+                    with pipe._steering.unsteered(), arguments_refused_by(pipe):
                         pipe(batch, generator=generators, output_type="latent", **own, **call)
                 except AllSeen:
                     pipe.maybe_free_model_hooks()  # the last thing that a pipeline does
-                except InputError:
-                    raise
-                except (TypeError, ValueError) as error:  # what pipelines say of arguments
-                    raise InputError(f"{type(pipe).__name__} cannot be called like this: {error}") from error
         if images is not None:
             for site in activations.values():
                 site.count_images_anew(n)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..capture.calls import check_call
+from ..capture.calls import arguments_refused_by, check_call
 from ..context import Context
 from ..errors import InputError
 from ..families import DENOISERS
@@ -107,7 +107,7 @@ def check_sae(pipe: Any, sae: SparseAutoencoder, site: Site, prompt: Any = None,
     if any(hasattr(pipe, name) for name in DENOISERS):
         arguments = {"output_type": "latent", **arguments}
     try:
-        with state.unsteered(), state.attached(hooks):
+        with state.unsteered(), state.attached(hooks), arguments_refused_by(pipe):
             pipe(**arguments)
     finally:
         sae.to(device)

@@ -31,6 +31,8 @@ def test_values_that_pipelines_take(sd):
         ({"num_inference_steps": "4"}, "num_inference_steps='4' is str; pass int"),
         ({"num_inference_steps": True}, "is bool; pass int"),
         ({"guidance_scale": "high"}, "guidance_scale='high' is str; pass float"),
+        ({"guidance_scale": float("nan")}, "guidance_scale=nan must be finite"),
+        ({"guidance_scale": float("inf")}, "guidance_scale=inf must be finite"),
         ({"height": "64"}, "height='64' is str; pass int or None"),
     ],
 )
@@ -46,6 +48,30 @@ def test_what_only_the_pipeline_can_judge_is_a_sentence_too(sd):
     with pytest.raises(InputError, match="StableDiffusionPipeline cannot be called like this: .*divisible by 8"):
         next(stream_activations(sd.pipe, [SITE], ["ab"], height=13, width=16))
     assert not sd.pipe._steering.armed
+
+
+def test_a_check_of_an_sae_says_it_too(sd):
+    sd.pipe.load_sae(sd.sae())
+    for call, sentence in (
+        ({"num_inference_steps": 5000}, "cannot be called like this: .*5000 cannot be larger"),
+        ({"guidance": 3}, "takes no argument 'guidance'; the nearest is 'guidance_scale'"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            sd.pipe.check_sae("ab", **call)
+        assert not sd.pipe._steering.armed
+
+
+@pytest.mark.parametrize(
+    ("site", "sentence"),
+    [
+        ("unet.up_blocks", "unet.up_blocks did not run, so that it held nothing"),
+        ("unet.time_embedding", r"unet.time_embedding holds a tensor of shape \(\d+, \d+\), neither maps nor tokens"),
+    ],
+)
+def test_sites_without_rows(sd, tmp_path, site, sentence):
+    call = {"num_inference_steps": 2, "height": 16, "width": 16}
+    with pytest.raises(InputError, match=sentence):
+        store_activations(sd.pipe, [site], ["ab"], tmp_path / "store", StoreConfig(1), **call)
 
 
 def test_a_pipeline_of_ones_own_takes_what_it_takes():

@@ -71,6 +71,14 @@ def test_words_leave_out_padding_and_what_begins_the_text(sd, tmp_path):
     assert store.shard(0)["image"].tolist() == [i for i, each in enumerate(words) for _ in each]
 
 
+def test_the_plan_rests(sd, tmp_path):
+    bare = store_activations(sd.pipe, [LAYER], PROMPTS, tmp_path / "bare", StoreConfig(5))[LAYER]
+    sd.pipe.load_sae(random_sae(16, site={"path": LAYER}))
+    sd.pipe.steer({3: 9.0})
+    steered = store_activations(sd.pipe, [LAYER], PROMPTS, tmp_path / "steered", StoreConfig(5))[LAYER]
+    assert torch.equal(steered.shard(0)["rows"], bare.shard(0)["rows"])
+
+
 def test_some_tokens_of_each_prompt(sd, tmp_path):
     config = StoreConfig(5, batch_size=5, places=2, tokens="words", seed=3)
     store = store_activations(sd.pipe, [LAYER], PROMPTS, tmp_path / "a", config)[LAYER]
