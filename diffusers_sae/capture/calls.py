@@ -15,6 +15,7 @@ from ..errors import InputError
 
 CAPTURE_SETS = ("prompt", "generator", "output_type", "num_images_per_prompt", "return_dict")
 """Arguments that a capture sets itself: it makes one image of latents for each prompt, from a seed of its own."""
+COUNTS = ("num_inference_steps", "height", "width", "max_sequence_length")
 PLAIN = (int, float, str, bool)
 """Types of values that are checked; of others, the pipeline judges."""
 
@@ -42,9 +43,9 @@ def check_call(pipe: Any, call: Mapping[str, Any], taken: Collection[str] = CAPT
         _check_type(name, value, hints.get(name, Any))
         if isinstance(value, float) and not math.isfinite(value):
             raise InputError(f"{name}={value} must be finite.")
-    steps = call.get("num_inference_steps")
-    if isinstance(steps, int) and steps < 1:
-        raise InputError(f"num_inference_steps={steps} must be at least 1.")
+    for name in COUNTS:  # of which pipelines pass over some that are 0
+        if isinstance(call.get(name), int) and call[name] < 1:
+            raise InputError(f"{name}={call[name]} must be at least 1.")
 
 
 @contextmanager
@@ -54,7 +55,7 @@ def arguments_refused_by(pipe: Any) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{type(pipe).__name__} cannot be called like this: {error}") from error
 
 

@@ -1,4 +1,4 @@
-"""The argument `--call`: JSON of further arguments of the pipeline."""
+"""Values of options that typer cannot check: `--call`, JSON of further arguments of the pipeline, and `--seed`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import Any
 from ..errors import InputError
 
 EXAMPLE = """'{"num_inference_steps": 20}'"""
+
+
+LARGEST_SEED = 2**62
 
 
 def read_call(text: str) -> dict[str, Any]:
@@ -21,6 +24,12 @@ def read_call(text: str) -> dict[str, Any]:
     if not isinstance(call, dict):
         raise InputError(f"call={text!r} is no JSON object of arguments; pass such as {EXAMPLE}.")
     return call
+
+
+def check_seed(seed: int) -> None:
+    """Raise `InputError` unless torch takes the seed, and those of as many images as anybody makes, counted from it."""
+    if abs(seed) > LARGEST_SEED:
+        raise InputError(f"seed={seed} must lie between -2^62 and 2^62.")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import InputError
-from .call_option import read_call
+from .call_option import check_seed, read_call
 from .configs import Config, record
 from .files import check_output_folder
 from .prompts import read_prompts
@@ -58,7 +58,10 @@ def capture(
     if strength and pictures is None:
         raise InputError("--strength is of the noise that pictures get; pass --pictures, or leave it out.")
     if max_gb is not None and not 0 < max_gb < math.inf:
-        raise InputError(f"max_gb={max_gb} must be above 0.")
+        raise InputError(f"max_gb={max_gb} must be a number above 0; leave it out for all that is free.")
+    if images is not None and images > len(lines):
+        raise InputError(f"There are {len(lines)} prompts for {images} images; give one for each.")
+    check_seed(seed)
     budget = None if max_gb is None else int(max_gb * 1e9)
     kept = StoreConfig(
         images=len(lines) if images is None else images,

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import InputError
+from .call_option import check_seed
 from .configs import Config, read_record, record
 from .extras import advise_install
 from .files import check_output_folder
@@ -61,6 +62,7 @@ def train(
         raise InputError("Neither latents nor a scale is given; pass --latents 5120, or --scale 1m.")
     if latents is not None and latents < 1:
         raise InputError(f"latents={latents} must be at least 1.")
+    check_seed(seed)
     _check_tracker(tracker)
     check_output_folder(out)
     settings = TrainingConfig(

@@ -9,6 +9,8 @@ from typing import Any
 
 from ..errors import InputError
 
+BEGINNING = '{"settings": '
+
 
 class Ledger:
     """Results by key, one JSON object a line.
@@ -21,7 +23,9 @@ class Ledger:
         self._path = path
         self._results: dict[str, Any] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text().splitlines() if path.exists() else []
+        lines = path.read_bytes().decode(errors="replace").splitlines() if path.exists() else []
+        if lines and not (lines[0].startswith(BEGINNING) or BEGINNING.startswith(lines[0])):
+            raise InputError(f"{path} is no record of an evaluation; delete it, or pass another --work folder.")
         whole = [line for line in map(_parse, lines) if line is not None]
         if whole and whole[0].get("settings") != settings:
             raise InputError(
@@ -45,6 +49,7 @@ class Ledger:
 
 def _parse(line: str) -> dict[str, Any] | None:
     try:
-        return json.loads(line)
+        value = json.loads(line)
     except ValueError:
         return None
+    return value if isinstance(value, dict) and ("settings" in value or {"key", "result"} <= set(value)) else None

@@ -27,6 +27,8 @@ def test_values_that_pipelines_take(sd):
         ({"prompt": "a"}, "'prompt' is set by the capture itself"),
         ({"num_inference_steps": 0}, "num_inference_steps=0 must be at least 1"),
         ({"num_inference_steps": -3}, "must be at least 1"),
+        ({"height": -8}, "height=-8 must be at least 1"),
+        ({"width": 0}, "width=0 must be at least 1"),
         ({"num_inference_steps": 2.5}, "num_inference_steps=2.5 is float; pass int"),
         ({"num_inference_steps": "4"}, "num_inference_steps='4' is str; pass int"),
         ({"num_inference_steps": True}, "is bool; pass int"),
@@ -48,6 +50,11 @@ def test_what_only_the_pipeline_can_judge_is_a_sentence_too(sd):
     with pytest.raises(InputError, match="StableDiffusionPipeline cannot be called like this: .*divisible by 8"):
         next(stream_activations(sd.pipe, [SITE], ["ab"], height=13, width=16))
     assert not sd.pipe._steering.armed
+
+
+def test_what_is_of_no_use_to_the_pipeline(sd):
+    with pytest.raises(InputError, match="cannot be called like this: 'list' object has no attribute 'to'"):
+        next(stream_activations(sd.pipe, [SITE], ["ab"], latents=[1]))
 
 
 def test_a_check_of_an_sae_says_it_too(sd):

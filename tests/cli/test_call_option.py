@@ -3,7 +3,7 @@
 import pytest
 
 from diffusers_sae import InputError
-from diffusers_sae.cli.call_option import read_call
+from diffusers_sae.cli.call_option import check_seed, read_call
 
 
 def test_an_object_of_json():
@@ -27,3 +27,11 @@ def test_an_object_of_json():
 def test_all_else_is_refused(text, sentence):
     with pytest.raises(InputError, match=sentence):
         read_call(text)
+
+
+def test_seeds():
+    for seed in (0, -5, 2**62):
+        check_seed(seed)
+    for seed in (2**64, -(2**63)):
+        with pytest.raises(InputError, match="must lie between"):
+            check_seed(seed)

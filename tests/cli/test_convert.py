@@ -2,6 +2,7 @@
 
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 from conftest import random_sae
@@ -35,7 +36,7 @@ def test_a_stopped_command_leaves_nothing(command, sae_folder, monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
         return folder.exists()  # never reached: the signal comes first
 
-    monkeypatch.setitem(FORMATS, "sparsify", layout._replace(write=stop))
+    monkeypatch.setitem(FORMATS, "sparsify", replace(layout, write=stop))
     outcome = command("convert", "sae", "out", "--to", "sparsify")
     assert outcome.code == 130 and "begins anew when it is repeated: diffusers-sae convert sae out" in outcome.err
     assert sorted(path.name for path in sae_folder.iterdir()) == ["file", "sae"]
