@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from steering_overhead import faster_dtype, interleaved, machine, sd15_call, sd15_size
+from arguments import parse
+from steering_overhead import interleaved, machine, sd15_call, sd15_size
 
 from diffusers_sae import TopKSAE
 from diffusers_sae.demo.shipped import CALL, SITES, load_pipeline
 from diffusers_sae.demo.world import sample_captions
 from diffusers_sae.training import StreamedSAE, StreamingConfig, train_on_stream
+from diffusers_sae.training.precision import DTYPES, resolve_precision
 
 FOUR = ("unet.down_blocks.1.attentions.0", "unet.mid_block", "unet.up_blocks.1.attentions.0", SITES[0])
 SD15_FOUR = (
@@ -43,7 +45,7 @@ def captured(pipe: Any, sites: tuple[str, ...], rounds: int, call: dict[str, Any
     return {"sites": sites, **times, "captured_over_bare": times["captured"] / times["bare"]}
 
 
-def streamed(images: int, rounds: int) -> dict[str, Any]:
+def streamed(images: int, rounds: int, call: dict[str, Any]) -> dict[str, Any]:
     """(b): whole runs of streaming training on the embedded model, with one SAE and with four of other k."""
     pipe = load_pipeline()
 
@@ -57,7 +59,7 @@ def streamed(images: int, rounds: int) -> dict[str, Any]:
                 sample_captions(images, seed=0),
                 StreamingConfig(images, batch_size=16),
                 Path(folder),
-                **CALL,
+                **call,
             )
 
     times = interleaved({"one": lambda: run((32,)), "four": lambda: run((8, 16, 32, 64))}, rounds)
@@ -67,23 +69,23 @@ def streamed(images: int, rounds: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--parts", default="demo,sd15,streamed")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/capture.json"))
-    args = parser.parse_args()
+    parser.add_argument("--parts", type=lambda text: text.split(","), default=["demo", "sd15", "streamed"])
+    parser.set_defaults(images=48, steps=CALL["num_inference_steps"], side=512)
+    args = parse(parser, "capture.json", rounds=1, images=4, steps=2, side=64)
     figures = json.loads(args.out.read_text()) if args.out.exists() else {}
     figures["machine"] = machine()
-    parts = args.parts.split(",")
-    if "demo" in parts:
+    call = {**CALL, "num_inference_steps": args.steps}
+    if "demo" in args.parts:
         prompts = list(sample_captions(8, seed=0))
-        figures["emoji-sd"] = captured(load_pipeline(), FOUR, args.rounds, {"prompt": prompts, **CALL})
-    if "streamed" in parts:
-        figures["streamed"] = streamed(48, max(3, args.rounds // 3))
-    if "sd15" in parts:
-        dtype = faster_dtype()
-        call = sd15_call(dtype, "cpu", 1)
+        figures["emoji-sd"] = captured(load_pipeline(), FOUR, args.rounds, {"prompt": prompts, **call})
+    if "streamed" in args.parts:
+        figures["streamed"] = streamed(args.images, max(3, args.rounds // 3), call)
+    if "sd15" in args.parts:
+        dtype = DTYPES[resolve_precision()]
+        pipe, rounds = sd15_size(dtype, "cpu", args.smoke), max(3, args.rounds // 2)
         figures["sd15_size"] = {
             "dtype": str(dtype),
-            **captured(sd15_size(dtype, "cpu"), SD15_FOUR, max(3, args.rounds // 2), call),
+            **captured(pipe, SD15_FOUR, rounds, sd15_call(dtype, "cpu", 1, args.side)),
         }
     args.out.write_text(json.dumps(figures, indent=1) + "\n")
     print(json.dumps(figures, indent=1))

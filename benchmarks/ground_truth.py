@@ -1,7 +1,7 @@
-"""Do SAEs find the features that made the data? `peers/bin/python benchmarks/ground_truth.py`.
+"""Do SAEs find the features that made the data? `.venv-peers/bin/python benchmarks/ground_truth.py`.
 
 Every kind of ours, and the peers' of the same kinds at their best of three rates, on the same rows: 512 known features
-in 128 dimensions. `peers.py` says how the environment is made. Writes `benchmarks/results/ground_truth.json`.
+in 128 dimensions. `make extras` makes the environment. Writes `benchmarks/results/ground_truth.json`.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
+from arguments import parse
 from peers import SIDES, DictionaryLearning, Task
 from tqdm import tqdm
 
@@ -20,6 +20,7 @@ from diffusers_sae.evaluation.known_features import KnownFeatures
 
 ACTIVE = 8
 TASK = Task(d=128, n_latents=512, k=ACTIVE, rows=1024, steps=2000)
+SMOKE = Task(d=24, n_latents=64, k=ACTIVE, rows=256, steps=40)
 OURS: dict[str, dict[str, float]] = {
     "topk": {},
     "batchtopk": {"rate": 0.5},
@@ -53,18 +54,18 @@ def trained(name: str, task: Task) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default=",".join(SIDES))
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/ground_truth.json"))
-    args = parser.parse_args()
+    parser.add_argument("--only", type=lambda text: text.split(","), default=list(SIDES))
+    args = parse(parser, "ground_truth.json", only=["diffusers_sae"])  # peers need their environment
+    task = SMOKE if args.smoke else TASK
     figures: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
-    for name in args.only.split(","):
+    for name in args.only:
         kinds = {"diffusers_sae": list(OURS), "dictionary_learning": list(DictionaryLearning.TRAINERS)}
         figures[name] = {}
         for kind in kinds.get(name, ["topk"]):
             if name == "diffusers_sae":
-                found = [trained(name, replace(TASK, kind=kind, **OURS[kind]))]
+                found = [trained(name, replace(task, kind=kind, **OURS[kind]))]
             else:
-                found = [trained(name, replace(TASK, kind=kind, rate=rate)) for rate in RATES]
+                found = [trained(name, replace(task, kind=kind, rate=rate)) for rate in RATES]
             figures[name][kind] = max(found, key=lambda each: each["recovered"])
             print(name, kind, figures[name][kind], flush=True)
         args.out.write_text(json.dumps(figures, indent=1) + "\n")

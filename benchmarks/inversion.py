@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from arguments import parse
 from diffusers import DDIMInverseScheduler, DDIMScheduler, StableDiffusionPipeline
 
 from diffusers_sae import Inversion, invert
@@ -42,7 +43,7 @@ def renders(count: int, world: Path) -> tuple[list[Scene], torch.Tensor]:
     """Random full scenes and their images `(count, 3, 64, 64)` in [0, 1]."""
     from canvas import Canvas
 
-    rng, canvas = random.Random(SEED), Canvas(world / "sprites.npz")
+    rng, canvas = random.Random(SEED), Canvas.fetched(world)
     scenes = [sample_scene(rng) for _ in range(count)]
     images = [np.array(canvas.render(scene, rng)) for scene in scenes]
     return scenes, torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255
@@ -120,10 +121,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--world", type=Path, default=Path("outputs/emoji_world"), help="folder with sprites.npz")
     parser.add_argument("--images", type=int, default=16)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/inversion.json"))
-    args = parser.parse_args()
-    if not (args.world / "sprites.npz").exists():
-        parser.error(f"{args.world} has no sprites.npz; run examples/emoji_world/sprites.py first.")
+    parser.set_defaults(steps=STEPS, shares=SHARES, shown=SHOWN, decoder=DECODER)
+    args = parse(
+        parser, "inversion.json", images=4, steps=(2,), shares=(0.7, 1.0), shown=((2, 1.0, 1),), decoder=((1, 1),)
+    )
     pipe, judge = load_pipeline(), load_judge()
     scenes, images = renders(args.images, args.world)
     prompts = [scene.caption() for scene in scenes]
@@ -152,9 +153,9 @@ def main() -> None:
 
     rows = [("original", images), ("the autoencoder alone", bound)]
     for iterations in ITERATIONS:
-        for steps in STEPS:
-            for to in SHARES:
-                name, shown = f"{steps} steps, to {to}, {iterations} iterations", (steps, to, iterations) in SHOWN
+        for steps in args.steps:
+            for to in args.shares:
+                name, shown = f"{steps} steps, to {to}, {iterations} iterations", (steps, to, iterations) in args.shown
                 if name in figures["runs"] and not shown:
                     continue
                 start = time.perf_counter()
@@ -164,9 +165,12 @@ def main() -> None:
                 record(name, inversion.latents, found, seconds, **what)
                 if shown:
                     rows.append((f"{steps} steps, {iterations} iteration{'s' * (iterations > 1)} a step", found))
-    for iterations, decoder in DECODER:
-        for steps in STEPS[:3]:
-            name, shown = f"{steps} steps, to 1.0, {iterations} iterations, decoder {decoder}", steps == STEPS[2]
+    for iterations, decoder in args.decoder:
+        for steps in args.steps[:3]:
+            name, shown = (
+                f"{steps} steps, to 1.0, {iterations} iterations, decoder {decoder}",
+                steps == args.steps[:3][-1],
+            )
             if name in figures["runs"] and not shown:
                 continue
             start = time.perf_counter()
@@ -176,7 +180,7 @@ def main() -> None:
             record(name, inversion.latents, found, seconds, **what)
             if shown:
                 rows.append((f"{steps} steps, {iterations} a step, {decoder} of the decoder's inversion", found))
-    for steps in STEPS[:3]:
+    for steps in args.steps[:3]:
         name = f"{steps} steps, DDIMInverseScheduler"
         if name not in figures["runs"]:
             start = time.perf_counter()

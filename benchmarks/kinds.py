@@ -16,6 +16,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import torch
+from arguments import parse
 from matplotlib import pyplot as plt
 
 from diffusers_sae.capture import ActivationStore, StoreConfig, store_activations
@@ -37,10 +38,10 @@ KINDS: dict[str, tuple[Any, dict[str, tuple[Any, ...]]]] = {
 }
 
 
-def trained(store: ActivationStore, kind: str, knob: str, value: Any, folder: Path) -> dict[str, Any]:
+def trained(store: ActivationStore, kind: str, knob: str, value: Any, folder: Path, steps: int) -> dict[str, Any]:
     cls = KINDS[kind][0]
     sparsity = value if knob == "sparsity" else 1.0
-    config = TrainingConfig(STEPS, ROWS, lr=4e-3, sparsity=sparsity, decay=0.8, dead_after=25_000)
+    config = TrainingConfig(steps, ROWS, lr=4e-3, sparsity=sparsity, decay=0.8, dead_after=25_000)
     sae = train_on_store(
         store.part(stop=-HELD_OUT),
         lambda width: cls(width, LATENTS) if knob == "sparsity" else cls(width, LATENTS, **{knob: value}),
@@ -68,19 +69,19 @@ def draw(figures: dict[str, Any], path: Path) -> None:
         below.axhline(1, ls=":", color="grey")
         below.set_ylim(bottom=0)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper")
-    figure.suptitle(f"{LATENTS:,} latents, {STEPS} steps of {ROWS:,} rows")
+    figure.suptitle(f"{LATENTS:,} latents, {figures['steps']} steps of {ROWS:,} rows")
     figure.savefig(path, dpi=90)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("outputs/kinds"))
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/kinds.json"))
-    args = parser.parse_args()
-    config = StoreConfig(IMAGES, 16, places=64)
-    prompts = list(sample_captions(IMAGES, seed=40_000_000))
+    parser.set_defaults(images=IMAGES, steps=STEPS)
+    args = parse(parser, "kinds.json", images=48, steps=2)
+    config = StoreConfig(args.images, 16, places=64)
+    prompts = list(sample_captions(args.images, seed=40_000_000))
     stores = store_activations(load_pipeline(), SITES, prompts, args.work / "store", config, **CALL)
-    figures: dict[str, Any] = {"latents": LATENTS, "steps": STEPS, "rows": ROWS, "sites": {}}
+    figures: dict[str, Any] = {"latents": LATENTS, "steps": args.steps, "rows": ROWS, "sites": {}}
     for site, store in stores.items():
         parts = {name: store.part(*part) for name, part in (("seen", (None, -HELD_OUT)), ("held", (-HELD_OUT, None)))}
         seen, held = (
@@ -95,7 +96,7 @@ def main() -> None:
             ((knob, values),) = knobs.items()
             found["kinds"][kind] = []
             for value in values:
-                one = trained(store, kind, knob, value, args.work / f"{site} {kind} {value}")
+                one = trained(store, kind, knob, value, args.work / f"{site} {kind} {value}", args.steps)
                 found["kinds"][kind].append(one)
                 print(site, kind, one, flush=True)
     args.out.write_text(json.dumps(figures, indent=1) + "\n")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from arguments import parse
 
 from diffusers_sae.demo.measure_steering import Towards, edits_towards, judged, silent_scenes, steering_rows
 from diffusers_sae.demo.shipped import CALL, SITES, load_judge, load_pipeline
@@ -58,8 +59,10 @@ def reconstruction_at_the_end(folder: Path) -> dict[str, dict[str, float]]:
     return {name: {key: one[key] for key in ("fvu", "l0") if key in one} for name, one in last.items()}
 
 
-def steering(pipe: Any, saes: dict[str, SparseAutoencoder], scores: Any, ledger: Ledger, kind: str, images: int) -> Any:
-    """`{factor: {strength: shares over all its concepts}}`."""
+def steering(
+    pipe: Any, saes: dict[str, SparseAutoencoder], scores: Any, ledger: Ledger, kind: str, images: int, most: int | None
+) -> Any:
+    """`{factor: {strength: shares over all its concepts}}`; over the first `most` concepts, if that is given."""
     judge = load_judge()
     for site, sae in saes.items():
         pipe.load_sae(sae, site=site, adapter_name=site)
@@ -70,7 +73,7 @@ def steering(pipe: Any, saes: dict[str, SparseAutoencoder], scores: Any, ledger:
         bare = ledger.get(f"bare {factor} {images}", partial(judged, pipe, judge, scenes, SEED))
         for strength in STRENGTHS[factor]:
             rows = {}  # the same images are steered towards every concept
-            for value in values:
+            for value in values[:most]:
                 concept = concept_name(factor, value)
                 for edit in edits_towards(scores, concept, how._replace(strength=strength)):
                     pipe.steer(**edit)
@@ -90,8 +93,8 @@ def main() -> None:
     parser.add_argument("--concept-images", type=int, default=256)
     parser.add_argument("--steered", type=int, default=16, help="images a concept")
     parser.add_argument("--work", type=Path, default=Path("outputs/kinds_steering"))
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/kinds_steering.json"))
-    args = parser.parse_args()
+    parser.set_defaults(values=None)
+    args = parse(parser, "kinds_steering.json", images=32, concept_images=32, steered=1, values=1)
     pipe = load_pipeline()
     every = trained(pipe, args.images, args.work)
     figures: dict[str, Any] = {
@@ -105,7 +108,7 @@ def main() -> None:
     ledger = Ledger(args.work / "steering.jsonl", {"images": str(args.images), "concepts": str(args.concept_images)})
     for kind, saes in every.items():
         scores = concept_activity(pipe, saes, labelled, CONCEPTS, batch_size=32, seed=SEED, **CALL)
-        figures["kinds"][kind] = steering(pipe, saes, scores, ledger, kind, args.steered)
+        figures["kinds"][kind] = steering(pipe, saes, scores, ledger, kind, args.steered, args.values)
         args.out.write_text(json.dumps(figures, indent=1) + "\n")
 
 

@@ -1,6 +1,7 @@
 """Other libraries' SAEs under one face, each trained by its own code, and ours beside them.
 
-python -m venv peers && peers/bin/pip install -r benchmarks/peers.txt -e .
+They need an environment of their own, which `make extras` makes in `.venv-peers`; then
+`.venv-peers/bin/python benchmarks/training_speed.py` and the like.
 """
 
 from __future__ import annotations

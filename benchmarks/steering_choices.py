@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from arguments import parse
 from scipy.stats import bootstrap
 from tqdm import tqdm
 
@@ -64,9 +65,10 @@ REMOVALS = {
 
 
 class Choices:
-    """The embedded model with its SAEs, and a ledger of what was measured."""
+    """The embedded model with its SAEs, and a ledger of what was measured; with `few`, of one of each kind only."""
 
-    def __init__(self, work: Path) -> None:
+    def __init__(self, work: Path, few: bool = False) -> None:
+        self._most, self._most_scenes = (1, 2) if few else (None, None)
         self._pipe, self._judge = load_pipeline(), load_judge()
         self._scores, self._detectors = load_scores(), load_detectors()
         for site in SITES:
@@ -79,9 +81,9 @@ class Choices:
         The same images are steered towards all concepts of a factor.
         """
         towards, found = load_towards(), {}
-        for branch in BRANCHES:
+        for branch in BRANCHES[: self._most]:
             each: dict[str, Rows] = {}
-            for concept in tqdm(BRANCH_CONCEPTS, desc=branch):
+            for concept in tqdm(BRANCH_CONCEPTS[: self._most], desc=branch):
                 scenes = silent_scenes(CONCEPTS[concept], images, SEED)
 
                 def seen(scenes: Any = scenes) -> list[Any]:
@@ -105,9 +107,9 @@ class Choices:
         mask = torch.zeros(64, 64)
         mask[:, :32] = 1
         towards, found = load_towards(), []
-        for start in STARTS:
+        for start in STARTS[: self._most]:
             each: dict[str, Rows] = {}
-            for concept in tqdm(MASK_CONCEPTS, desc=f"masks from {start}"):
+            for concept in tqdm(MASK_CONCEPTS[: self._most], desc=f"masks from {start}"):
                 prompts = [s.caption() for s in silent_scenes("background", images, SEED)]
 
                 def halves(prompts: list[str] = prompts) -> list[list[str]]:
@@ -162,8 +164,8 @@ class Choices:
     def _judged_removals(self, mode: str, setting: Setting) -> list[list[bool]]:
         """`FLAGS` of every image whose bare one shows the object."""
         found = []
-        for target in tqdm(REMOVED, desc=f"{mode} {setting}"):
-            scenes = [s for s in grid() if s.object == target]
+        for target in tqdm(REMOVED[: self._most], desc=f"{mode} {setting}"):
+            scenes = [s for s in grid() if s.object == target][: self._most_scenes]
             bare = self._ledger.get(f"bare object {target}", partial(self._look, scenes))
             edits = [self._removal_edit(site, target, mode, setting) for site in setting.sites]
             work = partial(self._steered, edits, partial(self._look, scenes))
@@ -262,9 +264,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=8)
     parser.add_argument("--work", type=Path, default=Path("outputs/choices"))
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/steering_choices.json"))
-    args = parser.parse_args()
-    choices = Choices(args.work)
+    args = parse(parser, "steering_choices.json", images=2)
+    choices = Choices(args.work, few=args.smoke)
     figures = {
         "masks": choices.masks(args.images),
         "branches": choices.branches(args.images),

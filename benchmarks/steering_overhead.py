@@ -43,7 +43,7 @@ from diffusers_sae.training.precision import DTYPES, resolve_precision
 WIDTH, ROWS, K = 1280, 512, 32
 LATENTS = (20_480, 163_840)
 SITE = "unet.up_blocks.1.attentions.1"
-SMOKE_UNET = {"block_out_channels": (32, 32, 64, 64), "layers_per_block": 1, "norm_num_groups": 8}
+SMOKE_UNET = {"block_out_channels": (32, 32, 64, 64), "norm_num_groups": 8}
 
 
 def interleaved(sides: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:

@@ -1,6 +1,6 @@
-"""Rows a second of TopK training, ours beside the peers': `peers/bin/python benchmarks/training_speed.py`.
+"""Rows a second of TopK training, ours beside the peers': `.venv-peers/bin/python benchmarks/training_speed.py`.
 
-`peers.py` says how the environment is made. Writes this processor's `benchmarks/results/training_speed_*.json`: medians
+`make extras` makes the environment. Writes this processor's `benchmarks/results/training_speed_*.json`: medians
 of single steps that take turns, the floor (the encoder's product alone), the peak memory of each side in a process of
 its own, the FVU on rows held out after equal rows, at each side's best rate, and in how many fewer rows and how much
 less time ours reaches the best of the peers' FVUs; that on rows with known features, and with `--store` on stored
