@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo evaluate test lint types world clean
+.PHONY: demo evaluate test test-precision lint types smoke extras gpu world clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/.demo: setup.cfg constraints.txt
@@ -23,9 +23,41 @@ demo: $(VENV)/.demo
 evaluate: $(VENV)/.demo
 	$(BIN)/diffusers-sae evaluate
 
-# One process a core, with one thread each: the tests' pipelines are too small for more.
+# One process per core, with one thread each: the tests' pipelines are too small for more.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+	$(PYTEST)
+
+# What depends on the precision of training: once as on a processor without bfloat16 units, once as on one with them.
+PRECISION_TESTS := tests/training tests/saes tests/cli tests/capture tests/adapters/test_stylegan2_training.py \
+		tests/adapters/test_vector_vae.py
+test-precision: $(VENV)/.dev
+	for precision in float32 bfloat16; do \
+		DIFFUSERS_SAE_PRECISION=$$precision $(PYTEST) $(PRECISION_TESTS) || exit 1; \
+	done
+
+# Every benchmark and example at its smallest size.
+smoke: $(VENV)/.dev
+	$(BIN)/python benchmarks/smoke.py
+
+# What needs the peers, which don't agree with ours about versions and so have an environment of their own.
+PEERS := .venv-peers
+$(PEERS)/.peers: setup.cfg constraints.txt benchmarks/peers.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(PEERS)/bin/python -m pip install --quiet --no-deps --requirement benchmarks/peers.txt
+	touch $@
+
+extras: $(PEERS)/.peers
+	OMP_NUM_THREADS=1 $(PEERS)/bin/python -m pytest -m peers tests/loaders/test_peers.py
+	$(PEERS)/bin/python benchmarks/training_speed.py --smoke \
+		--sides diffusers_sae,sparsify,dictionary_learning,sae_lens,overcomplete
+	$(PEERS)/bin/python benchmarks/ground_truth.py --smoke \
+		--only diffusers_sae,sparsify,dictionary_learning,sae_lens,overcomplete
+
+# What wants a GPU: tests and figures. Without one it says what it would run.
+gpu: $(VENV)/.dev
+	$(BIN)/python benchmarks/gpu.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -43,4 +75,4 @@ world: $(VENV)/.demo
 	done
 
 clean:
-	rm -rf $(VENV) outputs build *.egg-info
+	rm -rf $(VENV) $(PEERS) outputs build *.egg-info

@@ -38,13 +38,15 @@ KINDS: dict[str, tuple[Any, dict[str, tuple[Any, ...]]]] = {
 }
 
 
-def trained(store: ActivationStore, kind: str, knob: str, value: Any, folder: Path, steps: int) -> dict[str, Any]:
+def trained(
+    store: ActivationStore, kind: str, knob: str, value: Any, folder: Path, steps: int, n: int
+) -> dict[str, Any]:
     cls = KINDS[kind][0]
     sparsity = value if knob == "sparsity" else 1.0
     config = TrainingConfig(steps, ROWS, lr=4e-3, sparsity=sparsity, decay=0.8, dead_after=25_000)
     sae = train_on_store(
         store.part(stop=-HELD_OUT),
-        lambda width: cls(width, LATENTS) if knob == "sparsity" else cls(width, LATENTS, **{knob: value}),
+        lambda width: cls(width, n) if knob == "sparsity" else cls(width, n, **{knob: value}),
         folder,
         config,
     )
@@ -69,19 +71,21 @@ def draw(figures: dict[str, Any], path: Path) -> None:
         below.axhline(1, ls=":", color="grey")
         below.set_ylim(bottom=0)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper")
-    figure.suptitle(f"{LATENTS:,} latents, {figures['steps']} steps of {ROWS:,} rows")
+    figure.suptitle(f"{figures['latents']:,} latents, {figures['steps']} steps of {ROWS:,} rows")
     figure.savefig(path, dpi=90)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("outputs/kinds"))
-    parser.set_defaults(images=IMAGES, steps=STEPS)
-    args = parse(parser, "kinds.json", images=48, steps=2)
-    config = StoreConfig(args.images, 16, places=64)
+    parser.set_defaults(images=IMAGES, steps=STEPS, latents=LATENTS, places=64, batch=16, call=CALL)
+    args = parse(
+        parser, "kinds.json", images=16, steps=2, latents=64, places=4, batch=4, call={**CALL, "num_inference_steps": 2}
+    )
+    config = StoreConfig(args.images, args.batch, places=args.places)
     prompts = list(sample_captions(args.images, seed=40_000_000))
-    stores = store_activations(load_pipeline(), SITES, prompts, args.work / "store", config, **CALL)
-    figures: dict[str, Any] = {"latents": LATENTS, "steps": args.steps, "rows": ROWS, "sites": {}}
+    stores = store_activations(load_pipeline(), SITES, prompts, args.work / "store", config, **args.call)
+    figures: dict[str, Any] = {"latents": args.latents, "steps": args.steps, "rows": ROWS, "sites": {}}
     for site, store in stores.items():
         parts = {name: store.part(*part) for name, part in (("seen", (None, -HELD_OUT)), ("held", (-HELD_OUT, None)))}
         seen, held = (
@@ -89,14 +93,14 @@ def main() -> None:
         )
         found = figures["sites"][site] = {
             "rows": len(seen),
-            "baselines": {str(k): baselines(seen, held, k, LATENTS) for k in KS},
+            "baselines": {str(k): baselines(seen, held, k, args.latents) for k in KS},
             "kinds": {},
         }
         for kind, (_, knobs) in KINDS.items():
             ((knob, values),) = knobs.items()
             found["kinds"][kind] = []
             for value in values:
-                one = trained(store, kind, knob, value, args.work / f"{site} {kind} {value}", args.steps)
+                one = trained(store, kind, knob, value, args.work / f"{site} {kind} {value}", args.steps, args.latents)
                 found["kinds"][kind].append(one)
                 print(site, kind, one, flush=True)
     args.out.write_text(json.dumps(figures, indent=1) + "\n")

@@ -68,7 +68,7 @@ class Choices:
     """The embedded model with its SAEs, and a ledger of what was measured; with `few`, of one of each kind only."""
 
     def __init__(self, work: Path, few: bool = False) -> None:
-        self._most, self._most_scenes = (1, 2) if few else (None, None)
+        self._most, self._most_scenes = (1, 4) if few else (None, None)
         self._pipe, self._judge = load_pipeline(), load_judge()
         self._scores, self._detectors = load_scores(), load_detectors()
         for site in SITES:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from arguments import parse
 from safetensors.torch import load_file, save_file
 from steering_overhead import machine
 from tqdm import tqdm
@@ -34,10 +35,12 @@ from diffusers_sae.evaluation.known_features import KnownFeatures
 from diffusers_sae.training import SAETrainer, TrainingConfig
 from diffusers_sae.training.checkpoints import read_checkpoint, write_checkpoint
 
-WIDTH, LATENTS, K, ROWS = 1280, 163_840, 32, 2048
-FEATURES, TURNED = 16_384, 300
-RATES = (1e-3, 2e-3, 4e-3, 8e-3, 16e-3)
-SMALL = {"latents": 2048, "k": 16, "rows": 1024, "steps": 400}
+SMOKE = "--smoke" in sys.argv  # the children are given it, too
+WIDTH, LATENTS, K, ROWS = (64, 1024, 8, 256) if SMOKE else (1280, 163_840, 32, 2048)
+FEATURES, TURNED = (256, 30) if SMOKE else (16_384, 300)
+RATES = (1e-3, 4e-3) if SMOKE else (1e-3, 2e-3, 4e-3, 8e-3, 16e-3)
+SMALL = {"latents": 2048, "k": 16, "rows": 1024, "steps": 2 if SMOKE else 400}
+IMAGES, STEPS = (24, 2) if SMOKE else (96, CALL["num_inference_steps"])
 
 
 def peak() -> float:
@@ -186,6 +189,7 @@ CHILDREN = {"train": train, "resume": resume, "steer": steer}
 
 def in_process(name: str, folder: Path, optimizer: str) -> dict[str, Any]:
     command = [sys.executable, __file__, "--child", name, "--folder", str(folder), "--optimizer", optimizer]
+    command += ["--smoke"] if SMOKE else []
     told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     print(name, optimizer, told.splitlines()[-1], flush=True)
     return json.loads(told.splitlines()[-1])
@@ -208,10 +212,9 @@ def memory(steps: int, optimizers: list[str]) -> Iterator[dict[str, Any]]:
 
 def stored(folder: Path) -> ActivationStore:
     """Activations of the embedded model."""
-    prompts = list(sample_captions(96, seed=0))
-    return store_activations(load_pipeline(), [SITES[1]], prompts, folder, StoreConfig(96, 8, places=64), **CALL)[
-        SITES[1]
-    ]
+    prompts, call = list(sample_captions(IMAGES, seed=0)), {**CALL, "num_inference_steps": STEPS}
+    config = StoreConfig(IMAGES, 8, places=64)
+    return store_activations(load_pipeline(), [SITES[1]], prompts, folder, config, **call)[SITES[1]]
 
 
 def after_training(
@@ -264,19 +267,18 @@ def quality(optimizers: list[str]) -> Iterator[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--parts", default="memory,quality")
+    parser.add_argument("--parts", type=lambda text: text.split(","), default=["memory", "quality"])
     parser.add_argument("--optimizers", type=lambda text: text.split(","), default=["adafactor", "adam"])
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/wide_sae.json"))
     parser.add_argument("--child", choices=CHILDREN, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--optimizer", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parse(parser, "wide_sae.json")
     if args.child:
         print(json.dumps(CHILDREN[args.child](args.folder, args.optimizer)))
         return
     figures = json.loads(args.out.read_text()) if args.out.exists() else {}
     figures["machine"] = machine()
-    for part in args.parts.split(","):
+    for part in args.parts:
         for found in memory(args.steps, args.optimizers) if part == "memory" else quality(args.optimizers):
             figures[part] = found
             args.out.write_text(json.dumps(figures, indent=1) + "\n")

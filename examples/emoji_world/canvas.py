@@ -192,6 +192,7 @@ def contact_sheet(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--world", type=Path, default=Path("outputs/emoji_world"), help="folder with sprites.npz")
+    parser.add_argument("--smoke", action="store_true", help="changes nothing: this takes seconds at full size")
     args = parser.parse_args()
     canvas = Canvas(args.world / "sprites.npz")
     path = args.world / "contact_sheet.png"

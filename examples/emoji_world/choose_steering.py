@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ BARS = {"seen": 0.85, "kept": 0.80}
 ENOUGH = 0.05
 ROUNDS = 2
 WINDOWS = (0.2, 0.3, 0.45, 0.6, 1.0)
+
+SMOKE = argparse.Namespace(images=1, most=1)
 
 
 def neighbours(how: Towards, stronger: bool) -> Iterator[Towards]:
@@ -102,10 +105,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--world", type=Path, default=Path("outputs/emoji_world"))
     parser.add_argument("--images", type=int, default=24)
-    args = parser.parse_args()
+    parser.set_defaults(most=None)
+    parser.add_argument("--smoke", action="store_true", help="the smallest sizes, only to see that it runs")
+    args = parser.parse_args(namespace=SMOKE if "--smoke" in sys.argv[1:] else None)
     chooser = Chooser(args.world, args.images)
     chosen = {}
-    for concept in tqdm(CONCEPTS, desc="concepts"):
+    for concept in tqdm(list(CONCEPTS)[: args.most], desc="concepts"):
         how, margins = chooser.choose(concept)
         chosen[concept] = how._asdict()
         tqdm.write(f"{concept}: {how}, above the bars by {', '.join(f'{k} {m:+.2f}' for k, m in margins.items())}")

@@ -8,6 +8,7 @@ import argparse
 import json
 import math
 import random
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +27,7 @@ Losses = dict[str, torch.Tensor]
 
 
 def arguments(description: str | None, *, steps: int, batch: int, lr: float) -> argparse.ArgumentParser:
-    """The flags that every training script has."""
+    """The flags that every training script has; see `parse`."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--world", type=Path, default=Path("outputs/emoji_world"), help="folder of all the models")
     parser.add_argument("--steps", type=int, default=steps)
@@ -34,6 +35,14 @@ def arguments(description: str | None, *, steps: int, batch: int, lr: float) -> 
     parser.add_argument("--lr", type=float, default=lr)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser
+
+
+def parse(parser: argparse.ArgumentParser, **smoke: int) -> argparse.Namespace:
+    """Parses the command line; with `--smoke`, two steps on four images, and `smoke` for arguments of the script."""
+    parser.add_argument("--smoke", action="store_true", help="the smallest sizes, only to see that it runs")
+    if "--smoke" not in sys.argv[1:]:
+        return parser.parse_args()
+    return parser.parse_args(namespace=argparse.Namespace(**{"steps": 2, "batch": 4, **smoke}))
 
 
 def autocast(device: str) -> torch.autocast:

@@ -203,6 +203,7 @@ def build(cache: Path) -> dict[str, np.ndarray]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("outputs/emoji_world"))
+    parser.add_argument("--smoke", action="store_true", help="changes nothing: this takes seconds at full size")
     args = parser.parse_args()
     sprites = build(args.out / "npm")
     np.savez_compressed(args.out / "sprites.npz", **sprites)

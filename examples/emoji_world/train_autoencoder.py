@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from canvas import Canvas
 from diffusers import AutoencoderKL
-from loop import Losses, arguments, fit, mosaic, to_images, to_tensor
+from loop import Losses, arguments, fit, mosaic, parse, to_images, to_tensor
 
 from diffusers_sae.demo.world import sample_scene
 
@@ -51,7 +51,7 @@ def standardise(vae: AutoencoderKL, images: torch.Tensor) -> None:
 
 
 def main() -> None:
-    args = arguments(__doc__, steps=6000, batch=8, lr=1.5e-3).parse_args()
+    args = parse(arguments(__doc__, steps=6000, batch=8, lr=1.5e-3))
     canvas = Canvas(args.world / "sprites.npz")
     vae = new_autoencoder().to(args.device, memory_format=torch.channels_last)
 

@@ -11,7 +11,7 @@ import random
 import torch
 import torch.nn.functional as F
 from canvas import Canvas
-from loop import Losses, arguments, fit, to_tensor
+from loop import Losses, arguments, fit, parse, to_tensor
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 from transformers import (
@@ -67,7 +67,7 @@ class TwoTowers(nn.Module):
 
 
 def main() -> None:
-    args = arguments(__doc__, steps=450, batch=256, lr=1e-3).parse_args()
+    args = parse(arguments(__doc__, steps=450, batch=256, lr=1e-3))
     canvas = Canvas(args.world / "sprites.npz")
     tokenizer = new_tokenizer()
     towers = TwoTowers(tokenizer).to(args.device)

@@ -12,7 +12,7 @@ import random
 import torch
 import torch.nn.functional as F
 from canvas import Canvas
-from loop import Losses, arguments, fit, to_tensor
+from loop import Losses, arguments, fit, parse, to_tensor
 
 from diffusers_sae.demo.judge import Judge
 from diffusers_sae.demo.world import FACTORS, Scene, sample_scene
@@ -46,7 +46,9 @@ def spoil(x: torch.Tensor, rng: random.Random) -> torch.Tensor:
 
 
 def main() -> None:
-    args = arguments(__doc__, steps=1500, batch=128, lr=2e-3).parse_args()
+    parser = arguments(__doc__, steps=1500, batch=128, lr=2e-3)
+    parser.set_defaults(examined=4096)
+    args = parse(parser, batch=16, examined=128)
     canvas = Canvas(args.world / "sprites.npz")
     judge = Judge().to(args.device, memory_format=torch.channels_last)
 
@@ -67,7 +69,7 @@ def main() -> None:
 
     fit(judge, losses, args, name="judge", every=250, ema_decay=0.998)
     update_norms(judge, lambda r: batch(r, 128)[0])
-    report = examine(judge, batch)
+    report = examine(judge, batch, args.examined)
     judge.register_to_config(thresholds=report["thresholds"])
     judge.save_pretrained(args.world / "judge")
     (args.world / "judge" / "held_out.json").write_text(json.dumps(report, indent=1) + "\n")

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from canvas import Canvas
 from diffusers import PriorTransformer, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline, UnCLIPScheduler
-from loop import Losses, arguments, fit
+from loop import Losses, arguments, fit, parse
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
@@ -193,7 +193,7 @@ def train_image_tower(data: Data) -> None:
     """By the squared error of the code of the full caption, on renders and, a quarter, drawings; of an image of zeros,
     which Kandinsky's pipelines take for nothing, that of the empty caption."""
     args, encoder = data.args, data.encoder
-    codes, nothing, few = data.codes[:-HELD_OUT], data.code([""]), args.batch // 4
+    codes, nothing, few = data.codes[: -args.held_out], data.code([""]), args.batch // 4
     with torch.no_grad():  # begin with the caption's average
         encoder.visual_projection.weight.mul_(0.1)
 
@@ -238,9 +238,10 @@ def trained_prior(data: Data, scheduler: UnCLIPScheduler) -> PriorTransformer:
 def trained_sae(data: Data) -> tuple[SparseAutoencoder, dict[str, float]]:
     """An SAE of captions' codes and of embeddings of renders, with its statistics, and its figures on those of scenes
     held out; `tower_fvu` is the share of their codes' variance that the image tower misses."""
-    embeds = data.embeds(2 * HELD_OUT)
-    seen = torch.cat([data.codes[:-HELD_OUT], embeds[:-HELD_OUT]]).cpu()
-    held = torch.cat([data.codes[-HELD_OUT:], embeds[-HELD_OUT:]]).cpu()
+    held_out = data.args.held_out
+    embeds = data.embeds(2 * held_out)
+    seen = torch.cat([data.codes[:-held_out], embeds[:-held_out]]).cpu()
+    held = torch.cat([data.codes[-held_out:], embeds[-held_out:]]).cpu()
     provenance = {"site": {"path": "image_embeds"}, "base_model": "emoji-kandinsky"}
     torch.manual_seed(0)
     sae = TopKSAE(seen.shape[1], data.args.latents, data.args.k, provenance=provenance)
@@ -266,7 +267,8 @@ def main() -> None:
     parser.add_argument("--sae-steps", type=int, default=2000)
     parser.add_argument("--latents", type=int, default=128)
     parser.add_argument("--k", type=int, default=6)
-    args = parser.parse_args()
+    parser.set_defaults(held_out=HELD_OUT)
+    args = parse(parser, scenes=256, drawings=8, prior_steps=2, sae_steps=4, held_out=64)
     data, out = data_of(args), args.world / "emoji-kandinsky"
     train_image_tower(data)
     data.encoder.save_pretrained(out / "image_encoder")

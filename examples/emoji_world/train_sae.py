@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,18 @@ from diffusers_sae.saes import LatentStatistics, SparseAutoencoder
 from diffusers_sae.training import StreamingConfig, train_on_stream
 
 CONCEPT_SEED, EFFECT_SEED, DETECTOR_SEED, REFINING_SEED = 20_000_000, 30_000_000, 70_000_000, 15_000_000
+
+SMOKE = argparse.Namespace(
+    images=8,
+    refining_images=8,
+    held_out=8,
+    concept_images=64,
+    effect_images=1,
+    detector_prompts=96,
+    batch=8,
+    latents=(64, 64),
+    k=8,
+)
 
 
 def new_sae(width: int, n_latents: int, site: str, args: argparse.Namespace) -> TopKSAE:
@@ -98,7 +111,10 @@ def main() -> None:
     parser.add_argument("--latents", type=int, nargs=len(SITES), default=(2560, 1024), help="one number a site")
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--reuse", type=float, default=2.0)
-    args = parser.parse_args()
+    parser.add_argument("--smoke", action="store_true", help="the smallest sizes, only to see that it runs")
+    args = parser.parse_args(namespace=SMOKE if "--smoke" in sys.argv[1:] else None)
+    if args.smoke:
+        CALL["num_inference_steps"] = 2  # of everything that generates
     torch.manual_seed(0)
     pipe = load_pipeline(args.world / "emoji-sd")
     sizes = dict(zip(SITES, args.latents, strict=True))

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from canvas import Canvas
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from loop import Losses, arguments, fit, mosaic, to_tensor
+from loop import Losses, arguments, fit, mosaic, parse, to_tensor
 from tqdm import tqdm
 from train_clip import tokenize
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -65,7 +65,7 @@ def cache_latents(path: Path, canvas: Canvas, vae: AutoencoderKL, count: int, de
 def main() -> None:
     parser = arguments(__doc__, steps=2800, batch=64, lr=5e-4)
     parser.add_argument("--scenes", type=int, default=98304)
-    args = parser.parse_args()
+    args = parse(parser, scenes=64)
     folder = args.world / "emoji-sd"
     vae = AutoencoderKL.from_pretrained(folder / "vae").to(args.device).eval()
     text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder").to(args.device).eval()

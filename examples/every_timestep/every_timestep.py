@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -37,6 +38,8 @@ WINDOWS = {
 }
 Labelled = list[tuple[str, tuple[str, ...]]]
 """Prompts, each with the concepts that its image shows."""
+
+SMOKE = argparse.Namespace(images=32, each=1, targets=("neon",))
 
 
 class Asked(NamedTuple):
@@ -151,9 +154,9 @@ def removed(
     return images, told
 
 
-def asked_of_the_demo(each: int) -> Asked:
+def asked_of_the_demo(each: int, targets: Sequence[str]) -> Asked:
     rng = random.Random(SEED + 1)
-    scenes = {c: [scene_with(CONCEPTS[c], CONCEPT_VALUES[c], rng) for _ in range(each)] for c in TARGETS}
+    scenes = {c: [scene_with(CONCEPTS[c], CONCEPT_VALUES[c], rng) for _ in range(each)] for c in targets}
     return Asked({c: [scene.caption() for scene in found] for c, found in scenes.items()}, scenes, load_judge())
 
 
@@ -170,7 +173,9 @@ def main() -> None:
     parser.add_argument("--percentile", type=float, default=99.0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("every-timestep-out"))
-    args = parser.parse_args()
+    parser.set_defaults(targets=TARGETS)
+    parser.add_argument("--smoke", action="store_true", help="the smallest sizes, only to see that it runs")
+    args = parser.parse_args(namespace=SMOKE if "--smoke" in sys.argv[1:] else None)
     if args.model is not None and (args.sae is None or args.concepts is None):
         parser.error("--model needs --sae and --concepts.")
     begin, busy = time.perf_counter(), time.process_time()
@@ -185,7 +190,7 @@ def main() -> None:
     pipe.load_sae(sae, site=site, adapter_name=site)
     if args.model is None:
         pipe.load_sae(MODELS / "saes" / SITES[1], adapter_name=SITES[1])
-        asked = asked_of_the_demo(args.each)
+        asked = asked_of_the_demo(args.each, args.targets)
     else:
         asked = Asked({c: [p for p, shown in labelled if c in shown][: args.each] for c in list(groups)[:5]}, {}, None)
     draw_over_time(scores, list(asked.prompts), args.out / "over_time.png")

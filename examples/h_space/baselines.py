@@ -95,11 +95,11 @@ def pca_by_rank(seen: torch.Tensor, held: torch.Tensor, of_maps: PCA) -> dict[st
     }
 
 
-def beta_vaes(seen: torch.Tensor, held: torch.Tensor) -> dict[str, dict[str, Any]]:
-    """Figures of β-VAEs of the flattened map."""
+def beta_vaes(seen: torch.Tensor, held: torch.Tensor, few: bool = False) -> dict[str, dict[str, Any]]:
+    """Figures of β-VAEs of the flattened map; with `few`, trained for four steps only."""
     figures = {}
     for latents in VAE_LATENTS:
-        vae = train_beta_vae(seen.flatten(1), latents, beta=BETA, steps=VAE_STEPS)
+        vae = train_beta_vae(seen.flatten(1), latents, beta=BETA, steps=4 if few else VAE_STEPS)
         figures[f"β-VAE, {latents}"] = {
             "beta": BETA,
             **figures_of(held, vae(held.flatten(1)).view_as(held), seen.mean(0)),

@@ -110,13 +110,14 @@ def measured(
 
 def measure_edits(
     pipe: Any, saes: dict[str, SparseAutoencoder], seen: torch.Tensor, scenes: Sequence[Scene],
-    prompts: Sequence[str], out: Path,
+    prompts: Sequence[str], out: Path, few: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """Edits of images held out, generated from `prompts` and inverted without a prompt; with `scenes`, by concept.
+    """Edits of images held out, generated from `prompts` and inverted without a prompt; with `scenes`, by concept;
+    with `few`, of one latent of one image.
 
     The SAEs are loaded into the pipeline already: that of whole maps as `vector`, the channel-aware one as `aware`.
     """
-    some = list(prompts[:IMAGES])
+    some = list(prompts[: 1 if few else IMAGES])
     images = torch.stack(list(generate(pipe, some, range(len(some))))) / 2 + 0.5
     judge = load_judge() if scenes else None
     figures: dict[str, Any] = {"images": len(some), "named_from_rise": NAMED}
@@ -132,15 +133,17 @@ def measure_edits(
         steer: dict[str, Any] = {"guidance": how.guidance, "branch": "both" if how.guidance == 1 else "cond", **window}
         features: list[dict[str, Any]] = []
         at_random: list[dict[str, Any]] = []
-        rows = [Row("not edited", list(2 * base[0] - 1), [""] * IMAGES)]
-        for i, ((factor, value), (latent, most)) in enumerate(islice(chosen.items(), how.latents)):
+        rows = [Row("not edited", list(2 * base[0] - 1), [""] * len(some))]
+        for i, ((factor, value), (latent, most)) in enumerate(islice(chosen.items(), 1 if few else how.latents)):
             edited, told = measured(
                 pipe, judge, inversion, base, features={latent: how.strength * most}, adapter_name="vector", **steer
             )
             features.append({"chosen_for": f"{factor}: {value}", "latent": latent, **told})
             effect_of = f"{told['effect']} +{told['rise']:.0%}" if told.get("named") else "no named effect"
-            rows.append(Row(f"latent {latent}, chosen for {value}: {effect_of}", list(2 * edited - 1), [""] * IMAGES))
-            if i < how.controls:
+            rows.append(
+                Row(f"latent {latent}, chosen for {value}: {effect_of}", list(2 * edited - 1), [""] * len(some))
+            )
+            if i < (0 if few else how.controls):
                 _, control = measured(
                     pipe, judge, inversion, base, features={i: how.strength * most}, adapter_name="random", **steer
                 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,11 +30,13 @@ from diffusers_sae.saes import SparseAutoencoder
 
 PARTS = ("reconstruction", "probes", "edits", "consistency", "interpolation")
 
+SMOKE = argparse.Namespace(images=200, noises=1, held_out=16, trips=1, few=True)
+
 
 def trained(name: str, seen: torch.Tensor, args: argparse.Namespace) -> SparseAutoencoder:
     """An SAE of one kind, from the folder of an earlier run if it is there."""
     folder = args.out / name.replace(", ", "-")
-    sae = load_sae(folder) if (folder / "config.json").exists() else train(name, seen, args.model)
+    sae = load_sae(folder) if (folder / "config.json").exists() else train(name, seen, args.model, args.few)
     if isinstance(sae, ChannelAwareSAE):
         sae.thresholded_(args.k)
     sae.save_pretrained(folder)
@@ -75,7 +78,9 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what is measured; by default all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("h-space-out"))
-    args = parser.parse_args()
+    parser.set_defaults(few=False)
+    parser.add_argument("--smoke", action="store_true", help="the smallest sizes, only to see that it runs")
+    args = parser.parse_args(namespace=SMOKE if "--smoke" in sys.argv[1:] else None)
     dtype = torch.float32 if args.device == "cpu" else torch.float16
     pipe = SAESteeringPipeline.from_pretrained(args.model, dtype=dtype).to(args.device)
     pipe.set_progress_bar_config(disable=True)
@@ -110,7 +115,7 @@ def measure(pipe: Any, figures: dict[str, Any], seconds: dict[str, Any], args: a
         with timed(seconds, "reconstruction"):
             figures["pca_of_the_map"] = pca_by_rank(seen, held, of_maps)
             figures["kinds"] = {name: reconstruction(saes[name], name, seen, held, of_maps) for name in KINDS}
-            figures["beta_vaes"] = beta_vaes(seen, held)
+            figures["beta_vaes"] = beta_vaes(seen, held, args.few)
         for name, one in (figures["kinds"] | figures["beta_vaes"]).items():
             print(f"{name:16} EV {one['ev']:.3f} cosine {one['cosine']:.3f}", flush=True)
     if "probes" in args.parts and scenes:
@@ -118,7 +123,7 @@ def measure(pipe: Any, figures: dict[str, Any], seconds: dict[str, Any], args: a
             figures["probes"] = measure_probes(codes_of(saes, of_maps, seen, held), scenes)
     if "edits" in args.parts:
         with timed(seconds, "edits"):
-            figures["edits"] = measure_edits(pipe, saes, data.once, of_seen, new, args.out)
+            figures["edits"] = measure_edits(pipe, saes, data.once, of_seen, new, args.out, args.few)
     if "consistency" in args.parts and scenes:
         with timed(seconds, "consistency"):
             figures["consistency"] = measure_consistency(

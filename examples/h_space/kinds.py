@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -40,9 +40,9 @@ KINDS = {
 }
 
 
-def train(name: str, seen: torch.Tensor, base_model: str) -> SparseAutoencoder:
-    """An SAE of one kind, trained on h `(N, C, H, W)`."""
-    kind = KINDS[name]
+def train(name: str, seen: torch.Tensor, base_model: str, few: bool = False) -> SparseAutoencoder:
+    """An SAE of one kind, trained on h `(N, C, H, W)`; with `few`, for four steps only."""
+    kind = replace(KINDS[name], steps=4) if few else KINDS[name]
     torch.manual_seed(0)
     sae = kind.make(seen.shape[1:], len(seen))
     site = Site(PATH, layout=kind.layout).as_dict()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -36,6 +37,8 @@ from diffusers_sae.saes import SparseAutoencoder
 SEED = 91_000
 JUDGED = ("object", "style", "background")
 BATCH = 32
+
+SMOKE = argparse.Namespace(captions=256, pairs=4, banned=4)
 
 
 class Kandinsky:
@@ -281,7 +284,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--least", type=float, default=0.1, help="variance that a factor must explain of its latents")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("kandinsky-out"))
-    args = parser.parse_args()
+    parser.add_argument("--smoke", action="store_true", help="the smallest sizes, only to see that it runs")
+    args = parser.parse_args(namespace=SMOKE if "--smoke" in sys.argv[1:] else None)
     if args.model is not None and (args.prompts is None or args.sae is None):
         parser.error("--model needs --sae and --prompts, of which the pictures are made.")
     return args

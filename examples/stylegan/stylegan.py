@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,8 @@ from diffusers_sae.training import TrainingConfig
 INJECTED = (-0.5, 0.0, 0.25, 0.5, 1.0, 1.5, 2.0)
 STEPS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 SEEDS = tuple(range(7))
+
+SMOKE = argparse.Namespace(steps=4)
 
 
 def pipeline_of(weights: str | None) -> StyleGAN2Pipeline:
@@ -135,7 +138,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("stylegan-out"), help="folder of what is written")
     parser.add_argument("--steps", type=int, default=400, help="training steps of 2048 fresh w's each")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    arguments = parser.parse_args()
+    parser.add_argument("--smoke", action="store_true", help="the smallest sizes, only to see that it runs")
+    arguments = parser.parse_args(namespace=SMOKE if "--smoke" in sys.argv[1:] else None)
     pipe = SAESteeringPipeline.from_pipe(pipeline_of(arguments.weights).to(arguments.device))
     sae, statistics, told = trained(pipe, arguments.steps)
     sae.save_pretrained(arguments.out / "sae")

@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import random
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -49,6 +50,8 @@ STYLE_WORDS = {word for style in STYLES for word in style.split()}
 
 Pairs = list[tuple[str, str]]
 """Prompts, each with the attribute that its image is to get."""
+
+SMOKE = argparse.Namespace(pairs=8, steps=60, targets=1)
 
 
 def penultimate_layer(pipe: Any) -> str:
@@ -228,7 +231,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("text-encoder-out"))
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
+    parser.add_argument("--smoke", action="store_true", help="the smallest sizes, only to see that it runs")
+    args = parser.parse_args(namespace=SMOKE if "--smoke" in sys.argv[1:] else None)
     begin = time.perf_counter()
     args.out.mkdir(parents=True, exist_ok=True)
     pipe = SAESteeringPipeline.from_pretrained(args.model or MODELS / "emoji-sd", dtype=torch.float32).to(args.device)

@@ -44,6 +44,8 @@ PENALTY = 0.5
 FOR_COMPONENTS = 6144
 """Images that the principal components are taken of."""
 
+SMOKE = argparse.Namespace(count=512, held_out=64, steps=4, sae_steps=32)
+
 
 class Data(NamedTuple):
     """Images `(N, 3, 64, 64)` in uint8, the last ones held out, and what each shows, where that is known."""
@@ -168,7 +170,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--k", type=int, default=16, help="of the TopK SAE")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("vae-out"))
-    args = parser.parse_args()
+    parser.add_argument("--smoke", action="store_true", help="the smallest sizes, only to see that it runs")
+    args = parser.parse_args(namespace=SMOKE if "--smoke" in sys.argv[1:] else None)
     if args.images is not None and not args.images.is_dir():
         parser.error(f"{args.images} is no folder; pass one that holds image files.")
     return args
