@@ -94,7 +94,9 @@ def main() -> None:
     parser.add_argument("--steered", type=int, default=16, help="images a concept")
     parser.add_argument("--work", type=Path, default=Path("outputs/kinds_steering"))
     parser.set_defaults(values=None)
-    args = parse(parser, "kinds_steering.json", images=4, concept_images=32, steered=1, values=1)
+    args = parse(parser, "kinds_steering.json", images=4, concept_images=176, steered=1, values=1)
+    if args.smoke:
+        CALL["num_inference_steps"] = 2  # of everything that generates
     pipe = load_pipeline()
     every = trained(pipe, args.images, args.work)
     figures: dict[str, Any] = {
