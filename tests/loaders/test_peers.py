@@ -1,8 +1,8 @@
 """Files that other libraries write, read by us; and ours, read by them: with their real classes.
 
-They are no dependencies: `make extras` makes an environment for them and runs these tests. saev is looked at, too, where
-it is installed (`--no-deps saev==0.1.0`, since what it asks for pulls a torchvision of its own). `PEER_FORMATS` names
-the file that the largest differences go to, such as `benchmarks/results/peer_formats.json`.
+They are no dependencies: `make extras` makes an environment for them and runs these tests. saev is looked at, too,
+where it is installed (`--no-deps saev==0.1.0`, since what it asks for pulls a torchvision of its own). `PEER_FORMATS`
+names the file that the largest differences go to, such as `benchmarks/results/peer_formats.json`.
 """
 
 import json
