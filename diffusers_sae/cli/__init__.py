@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-from .failures import Stopped, advise_after_stop, explain, program_name
+from ..errors import InputError
+from .failures import Stopped, advise_after_stop, explain, is_first_process, program_name
 
 DEBUG = "--debug"
 
@@ -32,13 +33,16 @@ def main() -> None:
         if debug:
             raise
         processes = int(os.environ.get("WORLD_SIZE", "1"))
+        if not is_first_process():
+            sys.exit(stop.exit_code)
         print(f"\n{advise_after_stop(arguments, program_name(), processes)}", file=sys.stderr)
         sys.exit(stop.exit_code)
     except Exception as error:
         if debug:
             raise
         sentence, code = explain(error)
-        print(f"error: {sentence}", file=sys.stderr)
+        if not isinstance(error, InputError) or is_first_process():  # which says the same
+            print(f"error: {sentence}", file=sys.stderr)
         sys.exit(code)
 
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..disk import write_whole
 from ..errors import InputError
 from .files import read_text
 
@@ -103,12 +104,15 @@ def record(ctx: typer.Context, folder: Path, **found: Any) -> None:
     text = json.dumps({"command": ctx.info_name, **asked, **found})
     typer.echo(text, err=True)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / RECORD).write_text(text + "\n")
+    write_whole(folder / RECORD, lambda partial: partial.write_text(text + "\n"))
 
 
 def read_record(folder: Path) -> dict[str, Any]:
     """What `record` wrote; raises `InputError` if it is not there or cannot be read."""
     try:
-        return json.loads((folder / RECORD).read_text())
+        values = json.loads((folder / RECORD).read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{folder / RECORD} cannot be read ({error}); delete {folder} to begin anew.") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{folder / RECORD} holds no record of a run; delete {folder} to begin anew.")
+    return values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -20,6 +21,10 @@ OUT_OF_MEMORY = ("MemoryError", "OutOfMemoryError")
 NO_MEMORY = ("can't allocate memory", "out of memory")
 """What torch's `RuntimeError` says of a processor's memory, or of a GPU's."""
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+LOCAL_RANKS = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
+"""Where torchrun, and the kinds of MPI, number the processes that they start on a machine."""
 
 
 class Stopped(BaseException):
@@ -66,6 +71,12 @@ def advise_after_stop(arguments: Sequence[str], program: str, processes: int) ->
     if processes > 1:
         return "Stopped; to go on from the last checkpoint, start the same processes again."
     return f"Stopped; to go on with what was finished, repeat: {again}"
+
+
+def is_first_process() -> bool:
+    """Whether this is the first of the processes that a launcher started on this machine; it speaks for the others."""
+    ranks = (os.environ.get(name) for name in LOCAL_RANKS)
+    return next((rank for rank in ranks if rank), "0") == "0"
 
 
 def program_name() -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -12,12 +11,14 @@ import typer
 
 from ..errors import InputError
 from .call_option import check_seed
-from .configs import Config, read_record, record
+from .configs import RECORD, Config, read_record, record
 from .extras import advise_install
 from .files import check_output_folder
 
 SAME = ("latents", "training", "kind", "k", "seed", "held_out")
 """What a run cannot change when it goes on."""
+OF_A_SCALE = ("steps", "batch_size", "dead_after")
+"""Settings that a scale sets."""
 
 
 def train(
@@ -45,14 +46,13 @@ def train(
     config: Config = None,
 ) -> None:
     """Train an SAE, measure it on rows held out, and write both. Stopped, it goes on where it was."""
-    from accelerate import Accelerator
-
     from ..capture import ActivationStore
     from ..evaluation.reconstruction import measure_on_store
     from ..saes import ARCHITECTURES, BatchTopKSAE, TopKSAE
     from ..training import TrainingConfig, train_on_store
     from ..training.memory import keep_freed_memory
     from ..training.objectives import trainable
+    from ..training.processes import make_accelerator, run_in_main
 
     trained = {name: cls for name, cls in ARCHITECTURES.items() if trainable(cls) and cls.rows_apart}
     kinds = {name.removesuffix("SAE").lower(): cls for name, cls in trained.items()}
@@ -96,11 +96,9 @@ def train(
         "training_images": sum(shard["images"] for shard in manifest["shards"][:-held_out]),
     }
     keep_freed_memory()
-    accelerator = Accelerator(log_with=tracker, project_dir=out / "training" / "tracker" if tracker else None)
-    if accelerator.is_main_process:
-        make_sae = partial(cls, **own)
-        _settle(ctx, out / "training", scale, latents, settings, seen, make_sae, accelerator)
-    accelerator.wait_for_everyone()
+    accelerator = make_accelerator(log_with=tracker, project_dir=out / "training" / "tracker" if tracker else None)
+    sizes = partial(_settle, ctx, out / "training", scale, latents, settings, seen, partial(cls, **own), accelerator)
+    run_in_main(accelerator, sizes)
     told = read_record(out / "training")
     latents, settings = told["latents"], TrainingConfig(**told["training"])
     if tracker:
@@ -178,28 +176,42 @@ def _settle(
     latents: int | None,
     settings: Any,
     seen: Any,
-    make_sae: Callable[[int, int], Any],
+    make_sae: partial,
     accelerator: Any,
 ) -> None:
     """Record the sizes of the run. One that has a checkpoint keeps a scale's sizes, since timing anew gives others."""
+    from ..capture.descriptions import refuse_differences
+    from ..disk import hold_folder
     from ..training import sizes_for
     from ..training.checkpoints import CHECKPOINT
     from ..training.precision import resolve_precision
+    from ..training.processes import check_processes
 
-    begun = read_record(folder) if (folder / CHECKPOINT).exists() else None
+    begun = _read_begun(folder) if (folder / CHECKPOINT).exists() else None
     if begun is not None and settings.precision == "auto":
-        settings = replace(settings, precision=begun["training"]["precision"])
+        settings = replace(settings, precision=begun["training"].get("precision", "auto"))
     settings = replace(settings, precision=resolve_precision(settings.precision, accelerator.device))
     if begun is not None and scale is not None and begun["scale"] == scale:
-        latents, kept = begun["latents"], ("steps", "batch_size", "dead_after")
-        settings = replace(settings, **{name: begun["training"][name] for name in kept})
+        latents = begun["latents"]
+        settings = replace(settings, **{name: begun["training"][name] for name in OF_A_SCALE})
     elif scale is not None:
         latents, settings = sizes_for(scale, seen, make_sae, settings, latents)
+    check_processes(settings.batch_size, accelerator)
     asked = {**ctx.params, "latents": latents, "training": asdict(settings)}
-    for name in SAME:
-        if begun is not None and begun[name] != asked[name]:
-            raise InputError(
-                f"{folder} holds a run whose {name} is {begun[name]}, not {asked[name]}; choose another folder, or "
-                "delete it."
-            )
-    record(ctx, folder, latents=latents, training=asdict(settings), processes=accelerator.num_processes)
+    same = [name for name in SAME if name != "k" or "k" in make_sae.keywords]
+    if begun is not None:
+        there, here = ({name: values[name] for name in same} for values in (begun, asked))
+        refuse_differences(there, here, str(folder), RECORD, "choose another folder, or delete it")
+    with hold_folder(folder):
+        record(ctx, folder, latents=latents, training=asdict(settings), processes=accelerator.num_processes)
+
+
+def _read_begun(folder: Path) -> dict[str, Any]:
+    """The record of the run that a checkpoint is of; raises `InputError` if it lacks what is compared."""
+    begun = read_record(folder)
+    training = begun.get("training")
+    missing = [name for name in ("scale", *SAME) if name not in begun]
+    missing += [name for name in OF_A_SCALE if not isinstance(training, dict) or name not in training]
+    if missing:
+        raise InputError(f"{folder / RECORD} does not say {', '.join(missing)}; delete {folder} to begin anew.")
+    return begun

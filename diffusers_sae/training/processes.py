@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 
 from ..errors import InputError
 
@@ -45,6 +46,23 @@ def make_accelerator(**kwargs: Any) -> Accelerator:
     return accelerator
 
 
+def run_in_main(accelerator: Accelerator, work: Callable[[], object]) -> None:
+    """Let the main process do something first; if it fails there, all processes raise."""
+    failure: Exception | None = None
+    if accelerator.is_main_process:
+        try:
+            work()
+        except Exception as error:
+            failure = error
+    sentences = [None if failure is None else str(failure)]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(sentences)
+    if failure is not None:
+        raise failure
+    if sentences[0] is not None:
+        raise InputError(sentences[0])
+
+
 def check_processes(batch_size: int, accelerator: Accelerator | None) -> None:
     """Raise `InputError` unless all processes that were started take part, and can share a batch."""
     if accelerator is None:
@@ -52,7 +70,8 @@ def check_processes(batch_size: int, accelerator: Accelerator | None) -> None:
     _check_world(accelerator, started_processes())
     if batch_size % accelerator.num_processes:
         raise InputError(
-            f"batch_size={batch_size} cannot be shared by {accelerator.num_processes} processes; make it a multiple."
+            f"batch_size={batch_size} cannot be shared by {accelerator.num_processes} processes; make it (--rows) a "
+            "multiple."
         )
 
 

@@ -148,7 +148,7 @@ def test_presets_train_every_kind(monkeypatch, capsys, activations, tmp_path, ki
     assert figures["fvu"] < 0.9 and figures["l0"] < 0.75 * record["latents"]
     assert done(monkeypatch, capsys, *command) == told  # again, with the sizes that were timed the first time
     code, shown = run(monkeypatch, capsys, *map(str, command), "--seed", "5")
-    assert code == 2 and "holds a run whose seed is 0, not 5" in shown
+    assert code == 2 and "is of another run: seed is 0 in run.json and 5 here" in shown
 
 
 def test_the_embedded_pipeline_goes_by_its_name(monkeypatch, capsys, folder):

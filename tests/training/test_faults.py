@@ -31,9 +31,9 @@ def test_two_processes_make_the_steps_of_one(tmp_path, kind):
         "-m", "diffusers_sae.cli", "train", str(store[SITE].folder), "--latents", "64", "--k", "2", "--kind", kind,
         "--rows", "128", "--steps", "60", "--dead-after", "128", "--out",
     ]  # fmt: skip
-    # accelerate launch starts processes on CPUs through MPI alone, and one without it; torchrun starts two anywhere
+    # as the README says; accelerate launch starts processes on CPUs through MPI alone
     launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     for name, before in (("one", []), ("two", ["-m", *launch])):
         done = subprocess.run(
             [sys.executable, *before, *command, str(tmp_path / name)],
@@ -51,5 +51,12 @@ def test_two_processes_make_the_steps_of_one(tmp_path, kind):
     for a, b in zip(one, two, strict=True):
         assert b["fvu"] == pytest.approx(a["fvu"], rel=1e-3) and b["dead"] == pytest.approx(a["dead"])
         assert b["aux"] == pytest.approx(a["aux"], rel=1e-3) and (a["aux"] > 0 or kind == "jumprelu")
+    odd = [argument if argument != "128" else "127" for argument in command]
+    refused = subprocess.run(
+        [sys.executable, "-m", *launch, *odd, str(tmp_path / "odd")],
+        capture_output=True, text=True, env=environment, check=False,
+    )  # fmt: skip
+    assert refused.returncode != 0 and not (tmp_path / "odd").exists()
+    assert refused.stderr.count("batch_size=127 cannot be shared by 2 processes; make it (--rows) a multiple") == 1
     weights = [load_file(next((tmp_path / n).glob("*.safetensors"))) for n in ("one", "two")]
     torch.testing.assert_close(weights[0]["W_dec"], weights[1]["W_dec"], atol=2e-3, rtol=0)
