@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..checksums import FILE as CHECKSUMS
 from ..checksums import write_checksums
+from ..disk import refuse_full_disk
 from ..errors import InputError
 from .card import CARD, FIGURES, LABELS, PICTURE, card_of, is_generated, is_local, name_of
 
@@ -43,7 +44,8 @@ def save(
     then, so that a save that fails leaves the folder as it was.
 
     Raises:
-        InputError: labels or statistics are not of this SAE, or `folder` is a file. Nothing is written.
+        InputError: labels or statistics are not of this SAE, `folder` is a file, or the disk is full. Nothing is
+            written.
     """
     _check(sae, folder, figures)
     is_new = not folder.exists()
@@ -51,7 +53,7 @@ def save(
     for left in folder.glob(f"{TEMPORARY}*"):  # of a save that was killed
         shutil.rmtree(left)
     try:
-        with TemporaryDirectory(prefix=TEMPORARY, dir=folder) as fresh:
+        with refuse_full_disk(folder), TemporaryDirectory(prefix=TEMPORARY, dir=folder) as fresh:
             write(Path(fresh))
             _publish(Path(fresh) / CONFIG)
             _write_companions(sae, Path(fresh), figures)

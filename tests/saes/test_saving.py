@@ -7,6 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+from conftest import file_limit
 from kinds import KINDS, of_kind
 
 from diffusers_sae import InputError, LatentStatistics, TopKSAE, load_sae
@@ -214,9 +215,20 @@ def test_a_save_that_fails_changes_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(LatentStatistics, "save", full)
     sae.statistics = statistics(8)
     for target in (folder, tmp_path / "new"):
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(InputError, match=r"cannot be written \(No space left on device\); make room"):
             sae.save_pretrained(target)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before and names(tmp_path) == ["sae"]
+
+
+def test_a_full_disk_is_a_sentence_and_leaves_the_sae_that_was_there(tmp_path):
+    first, second = TopKSAE(8, 32, 4), TopKSAE(8, 64, 4)
+    first.save_pretrained(tmp_path / "sae")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "sae").iterdir()}
+    for folder in ("sae", "new"):
+        with file_limit(2000), pytest.raises(InputError, match=r"cannot be written \(File too large\); make room"):
+            second.save_pretrained(tmp_path / folder)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "sae").iterdir()} == before
+    assert not (tmp_path / "new").exists()
 
 
 def test_statistics_of_other_latents_are_refused_when_they_are_read(tmp_path):
