@@ -49,26 +49,13 @@ def checked_prompts(prompts: Iterable[str], images: int) -> list[str]:
 
 
 def describe_pipeline(pipe: Any) -> dict[str, Any]:
-    """The class, weights and scheduler of a pipeline; not where its files lie, nor its plan."""
+    """The class, weights and scheduler of a pipeline; not where its files lie, nor its plan, which rests."""
     modules = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
     return {
         "pipeline": type(pipe).__name__,
         "dtype": str(getattr(pipe, "dtype", None)),
         "weights": {name: digest_weights(module) for name, module in sorted(modules.items()) if name not in NO_PART},
         "scheduler": describe(getattr(pipe, "scheduler", None)),
-    }
-
-
-def describe_plan(pipe: Any) -> dict[str, Any]:
-    """The edits in force, and the SAEs that they and their rules are about."""
-    loaded = pipe._steering.loaded
-    watched = {edit.when.adapter_name for one in loaded.values() for edit in one.edits if edit.when is not None}
-    acting = {name: one for name, one in loaded.items() if one.enabled and (one.edits or name in watched)}
-    for one in acting.values():
-        one.sae.fetch()
-    return {
-        name: {"site": one.site.as_dict(), "sae": describe(one.sae), "edits": describe(one.edits)}
-        for name, one in sorted(acting.items())
     }
 
 

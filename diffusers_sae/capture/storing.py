@@ -27,7 +27,6 @@ from .descriptions import (
     describe,
     describe_call,
     describe_pipeline,
-    describe_plan,
     describe_prompts,
     refuse_differences,
 )
@@ -211,7 +210,7 @@ def _describe(
     model = {"name": name if name is None else str(name), **pipeline}  # the name may be a path
     if site.is_text_encoder:
         weights = {part: digest for part, digest in pipeline["weights"].items() if part.startswith("text_encoder")}
-        model |= {"weights": weights, "scheduler": None, "plan": describe_plan(pipe)}
+        model |= {"weights": weights, "scheduler": None}
     return {
         "schema": SCHEMA,
         "site": site.as_dict(),

@@ -162,13 +162,12 @@ def test_prompts_without_words(sd, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_the_plan_acts_on_text_encoders_and_is_compared(sd, tmp_path):
+def test_a_store_goes_on_with_another_plan_since_it_rests(sd, tmp_path):
     config = StoreConfig(2, tokens="words")
-    store_activations(sd.pipe, [LAYER], PROMPTS, tmp_path, config)
+    first = store_activations(sd.pipe, [LAYER], PROMPTS, tmp_path, config)[LAYER]
     sd.pipe.load_sae(random_sae(16), LAYER, adapter_name="words")
-    store_activations(sd.pipe, [LAYER], PROMPTS, tmp_path, config)
-    with sd.pipe.steering({3: 2.0}), pytest.raises(InputError, match="model.plan.words is nothing in the store and"):
-        store_activations(sd.pipe, [LAYER], PROMPTS, tmp_path, config)
+    with sd.pipe.steering({3: 2.0}):
+        assert store_activations(sd.pipe, [LAYER], PROMPTS, tmp_path, config)[LAYER].manifest == first.manifest
 
 
 def test_the_manifest_says_what_the_text_encoder_was_given(tmp_path):
