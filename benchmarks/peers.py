@@ -65,7 +65,9 @@ class Ours:
         from diffusers_sae.training import SAETrainer, TrainingConfig
 
         lr = TrainingConfig(steps=task.steps).lr * task.rate
-        config = TrainingConfig(steps=task.steps, batch_size=task.rows, lr=lr, sparsity=task.sparsity)
+        config = TrainingConfig(
+            steps=task.steps, batch_size=task.rows, lr=lr, sparsity=task.sparsity, dead_after=100_000
+        )
         (make,) = (cls for name, cls in ARCHITECTURES.items() if name.lower() == task.kind + "sae")
         own = (task.k,) if "topk" in task.kind or task.kind == "matryoshka" else ()
         self._trainer = SAETrainer(make(task.d, task.n_latents, *own).train(), config, sample)

@@ -224,7 +224,8 @@ def after_training(
     sample = torch.cat([next(batches) for _ in range(4)])
     torch.manual_seed(0)
     sae = TopKSAE(sample.shape[1], SMALL["latents"], SMALL["k"]).train()
-    trainer = SAETrainer(sae, TrainingConfig(SMALL["steps"], SMALL["rows"], lr=lr, optimizer=optimizer), sample)
+    config = TrainingConfig(SMALL["steps"], SMALL["rows"], lr=lr, optimizer=optimizer, dead_after=100_000)
+    trainer = SAETrainer(sae, config, sample)
     for _ in tqdm(range(SMALL["steps"]), desc=f"{optimizer} {lr}", mininterval=5):
         trainer.step(next(batches))
     with torch.no_grad():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -29,16 +31,22 @@ def train(
     latents: Annotated[int | None, typer.Option(help="Latents of the SAE; by default the scale's.")] = None,
     kind: Annotated[str, typer.Option(help="topk, batchtopk, matryoshka, relu, jumprelu or gated.")] = "topk",
     k: Annotated[int, typer.Option(help="Active latents of a row: topk, batchtopk, matryoshka.")] = 32,
-    sparsity: Annotated[float, typer.Option(help="Weight of the penalty: relu, jumprelu, gated.")] = 1.0,
+    sparsity: Annotated[
+        float | None, typer.Option(help="Weight of the penalty: relu, jumprelu, gated; 1 by default.")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Optimiser steps, without a scale.")] = 5000,
-    rows: Annotated[int, typer.Option(help="Rows a step, without a scale.")] = 2048,
-    lr: Annotated[float, typer.Option(help="Peak rate.")] = 4e-3,
-    optimizer: Annotated[str, typer.Option(help="adam; adafactor takes less memory.")] = "adam",
+    rows: Annotated[int | None, typer.Option(help="Rows per step, without a scale; 2048 by default.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak rate; 0.008 by default.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="adam by default; adafactor takes less memory.")] = None,
     precision: Annotated[
-        str, typer.Option(help="Of TopK's search: float32, bfloat16, or auto, which depends on the hardware.")
-    ] = "auto",
-    ema: Annotated[float | None, typer.Option(help="Average the weights, keeping this much a step.")] = None,
-    dead_after: Annotated[int, typer.Option(help="Rows without firing after which a latent is dead.")] = 100_000,
+        str | None,
+        typer.Option(help="Of TopK's search: float32, bfloat16, or by default auto, which depends on the hardware."),
+    ] = None,
+    ema: Annotated[float | None, typer.Option(help="Average the weights, keeping this much per step.")] = None,
+    dead_after: Annotated[
+        int | None,
+        typer.Option(help="Rows without firing after which a latent is dead; 100000, or a tenth of a shorter run."),
+    ] = None,
     resample_every: Annotated[int | None, typer.Option(help="Steps between resamplings of dead latents.")] = None,
     held_out: Annotated[int, typer.Option(help="Last shards that are kept for the figures.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the first weights and the order of the rows.")] = 0,
@@ -65,17 +73,20 @@ def train(
     check_seed(seed)
     _check_tracker(tracker)
     check_output_folder(out)
-    settings = TrainingConfig(
-        steps,
-        rows,
-        lr=lr,
-        dead_after=dead_after,
-        sparsity=sparsity,
-        ema=ema,
-        resample_every=resample_every,
-        optimizer=optimizer,
-        precision=precision,
-    )
+    given: dict[str, Any] = {
+        "batch_size": rows,
+        "lr": lr,
+        "dead_after": dead_after,
+        "sparsity": sparsity,
+        "ema": ema,
+        "resample_every": resample_every,
+        "optimizer": optimizer,
+        "precision": precision,
+    }
+    try:
+        settings = TrainingConfig(steps, **{name: value for name, value in given.items() if value is not None})
+    except InputError as error:
+        raise InputError(str(error).replace("batch_size", "rows")) from None
     _check_store(store)
     activations = ActivationStore(store)
     shards = len(activations.shard_rows)
@@ -84,7 +95,7 @@ def train(
     cls: Any = kinds[kind]
     own = {"k": k} if issubclass(cls, (TopKSAE, BatchTopKSAE)) else {}
     seen, unseen = activations.part(stop=-held_out), activations.part(start=-held_out)
-    _check_sizes(cls, own, latents, seen, unseen, None if scale else rows)
+    _check_sizes(cls, own, latents, seen, unseen, None if scale else settings.batch_size)
     manifest = activations.manifest
     provenance = {
         "site": manifest["site"],
@@ -122,10 +133,8 @@ def train(
     figures, statistics = measure_on_store(sae, unseen)
     sae.statistics = statistics
     sae.save_pretrained(out, figures=figures)
-    by_timestep: Any = figures["fvu_by_timestep"]
-    worst = f" (worst timestep {max(by_timestep.values()):.4f})" if len(by_timestep) > 1 else ""
     typer.echo(
-        f"FVU {figures['fvu']:.4f}{worst}, L0 {figures['l0']:.1f}, "
+        f"{_fvu_in_words(figures)}, L0 {figures['l0']:.1f}, "
         f"dead {figures['dead']:.1%} on {figures['rows']:,} rows held out: {out}"
     )
 
@@ -167,6 +176,18 @@ def _check_sizes(cls: Any, own: dict[str, Any], latents: int | None, seen: Any, 
     if latents is not None:
         with torch.device("meta"):
             cls(seen.width, latents, **own)
+
+
+def _fvu_in_words(figures: Mapping[str, Any]) -> str:
+    """The FVU of all rows and of the worst timestep; rows that are all the same have none."""
+    if math.isnan(figures["fvu"]):
+        return "FVU undefined, as the rows held out are all the same"
+    by_timestep = figures["fvu_by_timestep"].values()
+    defined = [fvu for fvu in by_timestep if not math.isnan(fvu)]
+    if len(by_timestep) == 1:
+        return f"FVU {figures['fvu']:.4f}"
+    worst = f"worst timestep {max(defined):.4f}" if defined else "undefined by timestep, as each has equal rows"
+    return f"FVU {figures['fvu']:.4f} ({worst})"
 
 
 def _settle(

@@ -112,11 +112,13 @@ def check_sae(pipe: Any, sae: SparseAutoencoder, site: Site, prompt: Any = None,
     finally:
         sae.to(device)
     found = {each: meter.candidate() for each, meter in meters.items() if meter.varies}
+    if not meters[site].finite:
+        raise InputError(f"{site} held numbers that are not finite; run the pipeline in fp32 or bfloat16.")
     if site not in found:
         raise InputError(
             f"{site} did not run, has not the SAE's width of {sae.d_in}, or held the same in all rows; choose another."
         )
-    norm = float(sae.b_dec.norm()) if hasattr(sae, "b_dec") else 0.0
+    norm = float(sae.b_dec.float().norm()) if hasattr(sae, "b_dec") else 0.0
     return SAECheck(site, _verdict(site, found), norm, found)
 
 
@@ -156,17 +158,22 @@ def _could_have(place: Place, site: Site, width: int) -> bool:
 class _Meter(ReconstructionMeter):
     """Measures what a site holds when it holds it, by branch and timestep."""
 
+    finite = True
+
     def take(self, site: Site, x: torch.Tensor, context: Context) -> None:
         for branch, part in context.parts():
             rows = LAYOUTS[site.layout].to_rows(x[part])
             if rows.shape[-1] == self.sae.d_in:
                 every = max(1, rows.shape[1] // PLACES) if self.sae.rows_apart else 1
-                self.add((branch, context.timestep), rows[:, ::every].float().cpu())
+                some = rows[:, ::every].float().cpu()
+                self.finite = self.finite and bool(torch.isfinite(some).all())
+                if self.finite:
+                    self.add((branch, context.timestep), some)
 
     @property
     def varies(self) -> bool:
-        """Whether the rows, if there were any, were not all the same."""
-        return self.rows > 0 and self.variance > 1e-12 * float(self.mean.square().sum())
+        """Whether the rows, if there were any, were finite and not all the same."""
+        return self.finite and self.rows > 0 and self.variance > 1e-12 * float(self.mean.square().sum())
 
     def candidate(self) -> CandidateFigures:
         told, mean = self.figures(), self.mean

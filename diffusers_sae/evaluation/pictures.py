@@ -92,8 +92,10 @@ def _draw_training(axis: Any, steps: list[dict[str, float]]) -> None:
 def _draw_timesteps(axis: Any, figures: dict[str, Any]) -> None:
     by_timestep = figures["fvu_by_timestep"]
     axis.set(title="held-out rows", xlabel="timestep, from noise to image", ylabel="FVU")
-    axis.plot([float(t) for t in by_timestep], list(by_timestep.values()), marker="o", ms=3, label="by timestep")
-    axis.axhline(figures["fvu"], ls="--", lw=1, color="grey", label="pooled")
+    defined = {float(t): fvu for t, fvu in by_timestep.items() if fvu is not None}  # equal rows have none
+    axis.plot(list(defined), list(defined.values()), marker="o", ms=3, label="by timestep")
+    if figures["fvu"] is not None:
+        axis.axhline(figures["fvu"], ls="--", lw=1, color="grey", label="pooled")
     axis.set_ylim(bottom=0)
     axis.invert_xaxis()
     axis.legend()

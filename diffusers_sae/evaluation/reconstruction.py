@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 
 from ..capture import ActivationStore
+from ..errors import InputError
 from ..saes import LatentStatistics, SparseAutoencoder, SparseCode, StatisticsAccumulator, TopKSAE
+from ..saes.precision import NO_SPREAD
 
 
 @dataclass
@@ -27,8 +30,9 @@ class _Sums:
         return _Sums(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
     def fvu(self) -> float:
-        """`Σ‖x - x̂‖² / Σ‖x - x̄‖²`."""
-        return self.error / (self.square - float(torch.as_tensor(self.total).square().sum()) / self.rows)
+        """`Σ‖x - x̂‖² / Σ‖x - x̄‖²`; NaN for rows that are all the same, such as a single one."""
+        spread = self.square - float(torch.as_tensor(self.total).square().sum()) / self.rows
+        return self.error / spread if spread > NO_SPREAD * self.square else math.nan
 
 
 @dataclass
@@ -44,10 +48,18 @@ class ReconstructionMeter:
 
     @torch.no_grad()
     def add(self, timestep: Any, x: torch.Tensor) -> SparseCode:
-        """Take in rows `(..., d)` seen at one timestep, or under another label; returns their code, `(N, k)`."""
-        x = x.reshape(-1, x.shape[-1])
+        """Take in rows `(..., d)` seen at one timestep, or under another label; returns their code, `(N, k)`.
+
+        Raises:
+            InputError: if the rows, or their reconstructions, are not finite; nothing was added.
+        """
+        x = x.reshape(-1, x.shape[-1]).float()
+        if not torch.isfinite(x).all():
+            raise InputError(f"The rows of {timestep!r} hold numbers that are not finite; capture them in fp32.")
         code = self.sae.encode_sparse(x)
         x_hat = self.sae.restored(self.sae.decode_sparse(code), x)
+        if not torch.isfinite(x_hat).all():
+            raise InputError(f"The SAE's reconstruction of the rows of {timestep!r} is not finite; check its weights.")
         active, exact, error = code.values != 0, x.double(), (x - x_hat).double()
         self._fired += torch.bincount(code.indices[active].cpu(), minlength=len(self._fired))
         seen = _Sums(
@@ -80,7 +92,8 @@ class ReconstructionMeter:
     def figures(self) -> dict[str, Any]:
         """`fvu` pooled, `fvu_by_timestep`, and over all rows `mse` and `mae` a number, `cosine` of a row with its
         reconstruction, `l0`, `dead` (share of latents that never fired), `rows`, and `density`: how many latents fire
-        on a share of rows of 10^-6 to 10^-5, and so on; the first decade counts all rarer ones too.
+        on a share of rows of 10^-6 to 10^-5, and so on; the first decade counts all rarer ones too. An FVU is NaN if
+        its rows are all the same.
         """
         pooled, width = self._pooled, self.sae.d_in
         rates = self._fired[self._fired > 0].double() / pooled.rows

@@ -16,6 +16,7 @@ from ..errors import InputError
 from ..nulls import without_nulls
 from .normalization import NORMS, checked_norm
 from .ops import even, sampled_linear, sparse_decode
+from .precision import at_least_fp32
 from .saving import save, upload
 
 if TYPE_CHECKING:
@@ -61,6 +62,8 @@ class SparseAutoencoder(ModelMixin, ConfigMixin):
     A subclass defines `encode_sparse` and `encode_only` and registers its arguments as config, which also carries the
     **provenance**, a dict of plain values: the `site` (a dict with path, kind, stream and layout), the base model and
     its revision, and the scheduler, steps, guidance and resolution at which the activations were captured.
+    In half precision it stores rounded weights, and computes with them in fp32: `sae.half()` gives what
+    `sae.half().float()` does, in fp32.
     `statistics` and `labels` (`{feature: label}`) are those of its latents, where they are known; they are saved beside
     the weights.
     """
@@ -161,12 +164,14 @@ class SparseAutoencoder(ModelMixin, ConfigMixin):
 
     def pre_activations(self, x: torch.Tensor, latents: torch.Tensor | slice = ALL) -> torch.Tensor:
         """`W_enc (x - b_dec) + b_enc` of some latents, or of all: `(..., d)` -> `(..., m)`, in fp32."""
-        return nn.functional.linear(self.normalized(x) - self.b_dec, self.W_enc[latents], self.b_enc[latents])
+        weight, bias = at_least_fp32(self.W_enc[latents]), at_least_fp32(self.b_enc[latents])
+        return nn.functional.linear(self.normalized(x) - self.b_dec, weight, bias)
 
     def pre_activations_at(self, x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         """Those of each row's own latents, `indices (N, m)`: `(N, d)` -> `(N, m)`, in fp32."""
         centred = self.normalized(x) - self.b_dec
-        return sampled_linear(centred, self.W_enc, self.b_enc, indices.flatten(), even(indices)).view_as(indices)
+        weight, bias = at_least_fp32(self.W_enc), at_least_fp32(self.b_enc)
+        return sampled_linear(centred, weight, bias, indices.flatten(), even(indices)).view_as(indices)
 
     def encode_sparse(self, x: torch.Tensor) -> SparseCode:
         """The active latents of each row of `x (..., d)`."""
@@ -183,12 +188,13 @@ class SparseAutoencoder(ModelMixin, ConfigMixin):
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         """`W_decᵀ z + b_dec`: `(..., n)` -> `(..., d)`."""
-        return z @ self.W_dec + self.b_dec
+        return at_least_fp32(z) @ at_least_fp32(self.W_dec) + self.b_dec
 
     def decode_sparse(self, code: SparseCode) -> torch.Tensor:
         """What `decode` gives for the same code, from its active latents only."""
         k = code.indices.shape[-1]
-        rows = sparse_decode(code.values.reshape(-1, k), code.indices.reshape(-1, k), self.W_dec, self.b_dec)
+        values, directions = at_least_fp32(code.values), at_least_fp32(self.W_dec)
+        rows = sparse_decode(values.reshape(-1, k), code.indices.reshape(-1, k), directions, self.b_dec)
         return rows.view(*code.indices.shape[:-1], self.d_in)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -213,7 +219,7 @@ class SparseAutoencoder(ModelMixin, ConfigMixin):
             save_directory: the folder; one that is named by its site is found by `load_sae(..., subfolder=site)`. A
                 `picture.png` in it is shown on the card.
             push_to_hub: upload these files, by `repo_id`, `token`, `private`, `commit_message` and `create_pr`.
-            figures: of rows held out, for the card.
+            figures: of rows held out, for the card; NaN is written as null.
             kwargs: as of diffusers' models (`variant`, `max_shard_size`).
 
         Raises:

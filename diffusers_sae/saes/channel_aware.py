@@ -12,6 +12,7 @@ from torch import nn
 
 from ..errors import InputError
 from .base import ALL, SparseAutoencoder, SparseCode, register_architecture
+from .precision import at_least_fp32
 
 
 @register_architecture
@@ -101,11 +102,12 @@ class ChannelAwareSAE(SparseAutoencoder):
         else:
             raise InputError(f"of_images was told {len(self._numbers)} images and there are {count}; tell all of them.")
         both = torch.stack(torch.broadcast_tensors(c, i[:, None]), -1)  # (images, channels, 2)
-        return self.zeta(both).view(*x.shape[:-1], 2)
+        weights = {name: at_least_fp32(parameter) for name, parameter in self.zeta.named_parameters()}
+        return torch.func.functional_call(self.zeta, weights, both).view(*x.shape[:-1], 2)
 
     def pre_activations(self, x: torch.Tensor, latents: torch.Tensor | slice = ALL) -> torch.Tensor:
         """`W_enc (x - b_dec) + W_index ζ(c, i) + b_enc`: `(..., d)` -> `(..., m)`, in fp32."""
-        return super().pre_activations(x, latents) + self.index(x) @ self.W_index[latents].T
+        return super().pre_activations(x, latents) + self.index(x) @ at_least_fp32(self.W_index[latents]).T
 
     def pre_activations_at(self, x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         by_index = self.index(x)[:, None, :] * self.W_index[indices]  # (N, m, 2)

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..errors import InputError
 from .base import SparseAutoencoder, SparseCode, register_architecture
+from .precision import at_least_fp32
 
 
 @register_architecture
@@ -44,7 +45,7 @@ class Directions(SparseAutoencoder):
         return found
 
     def encode_only(self, x: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        rows = self.W_dec[features]
+        rows = at_least_fp32(self.W_dec[features])
         return x.float() @ (rows / rows.square().sum(-1, keepdim=True)).T
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
@@ -55,11 +56,12 @@ class Directions(SparseAutoencoder):
         return SparseCode(z, torch.arange(self.n_latents, device=z.device).expand_as(z))
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
-        return z @ self.W_dec
+        return at_least_fp32(z) @ at_least_fp32(self.W_dec)
 
     def decode_sparse(self, code: SparseCode) -> torch.Tensor:
-        z = code.values.new_zeros(*code.values.shape[:-1], self.n_latents)
-        return self.decode(z.scatter_add(-1, code.indices, code.values))
+        values = at_least_fp32(code.values)
+        z = values.new_zeros(*values.shape[:-1], self.n_latents)
+        return self.decode(z.scatter_add(-1, code.indices, values))
 
     def scale_input_(self, factor: float) -> None:
         """Nothing changes, since codes are linear."""

@@ -10,6 +10,7 @@ from torch import nn
 
 from .base import ALL, register_architecture
 from .elementwise import ElementwiseSAE
+from .precision import at_least_fp32
 
 
 @register_architecture
@@ -35,7 +36,7 @@ class GatedSAE(ElementwiseSAE):
         self.b_mag = nn.Parameter(torch.zeros(n_latents))
 
     def activate(self, pre: torch.Tensor, latents: torch.Tensor | slice = ALL) -> torch.Tensor:
-        magnitude = self.r_mag[latents].exp() * (pre - self.b_enc[latents]) + self.b_mag[latents]
+        magnitude = at_least_fp32(self.r_mag[latents]).exp() * (pre - self.b_enc[latents]) + self.b_mag[latents]
         return nn.functional.relu(magnitude) * (pre > 0)
 
     @torch.no_grad()

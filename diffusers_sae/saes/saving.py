@@ -18,6 +18,7 @@ from ..checksums import FILE as CHECKSUMS
 from ..checksums import write_checksums
 from ..disk import refuse_full_disk
 from ..errors import InputError
+from ..nulls import nulls_for_nan
 from .card import CARD, FIGURES, LABELS, PICTURE, card_of, is_generated, is_local, name_of
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def _write_companions(sae: SparseAutoencoder, folder: Path, figures: Mapping[str
     if sae.statistics is not None:
         sae.statistics.save(folder)
     if figures is not None:
-        (folder / FIGURES).write_text(json.dumps(figures, indent=1) + "\n")
+        (folder / FIGURES).write_text(json.dumps(nulls_for_nan(figures), indent=1, allow_nan=False) + "\n")
     if sae.labels:
         told = {str(int(feature)): label for feature, label in sae.labels.items()}
         (folder / LABELS).write_text(json.dumps(told, indent=1) + "\n")

@@ -11,6 +11,7 @@ from torch import nn
 from ..errors import InputError
 from .base import SparseAutoencoder, SparseCode, register_architecture
 from .ops import topk_encode
+from .precision import at_least_fp32
 
 BLOCK = 4096
 """Latents whose pre-activations are looked at together, at least."""
@@ -55,9 +56,8 @@ class TopKSAE(SparseAutoencoder):
                 large as the k-th, which training tolerates; the values of those found are exact either way.
         """
         rows = self.normalized(x).reshape(-1, self.d_in)
-        values, indices = topk_encode(
-            rows, self.W_enc, self.b_enc, self.b_dec, self.k, search_dtype=search_dtype, relu=self.relu
-        )
+        weight, bias = at_least_fp32(self.W_enc), at_least_fp32(self.b_enc)
+        values, indices = topk_encode(rows, weight, bias, self.b_dec, self.k, search_dtype=search_dtype, relu=self.relu)
         return SparseCode(values.view(*x.shape[:-1], self.k), indices.view(*x.shape[:-1], self.k))
 
     def encode_only(self, x: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
@@ -65,7 +65,7 @@ class TopKSAE(SparseAutoencoder):
         centred = (self.normalized(x) - self.b_dec).reshape(-1, self.d_in)
         block = self._block_for(len(centred))
         if block >= self.n_latents:
-            pre = nn.functional.linear(centred, self.W_enc, self.b_enc)
+            pre = nn.functional.linear(centred, at_least_fp32(self.W_enc), at_least_fp32(self.b_enc))
             # from this very product, since another one may round the k-th latent below itself
             z, largest = pre.index_select(-1, features), pre
         else:
@@ -90,7 +90,7 @@ class TopKSAE(SparseAutoencoder):
         largest = []
         for i, start in enumerate(range(0, self.n_latents, block)):
             rows = slice(start, start + block)
-            pre = nn.functional.linear(centred, self.W_enc[rows], self.b_enc[rows])
+            pre = nn.functional.linear(centred, at_least_fp32(self.W_enc[rows]), at_least_fp32(self.b_enc[rows]))
             width = pre.shape[-1]
             here = place if width == block else place.clamp(max=width - 1)
             z = torch.where(owner == i, pre.index_select(-1, here), z)

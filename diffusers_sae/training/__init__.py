@@ -1,10 +1,11 @@
 """Training SAEs on streams and on stores of activations."""
 
+from .config import TrainingConfig
 from .from_rows import train_on_rows
 from .from_store import train_on_store
 from .scales import SCALES, sizes_for
 from .streaming import StreamedSAE, StreamingConfig, train_on_stream
-from .trainer import SAETrainer, TrainingConfig
+from .trainer import SAETrainer
 
 __all__ = [
     "SCALES",

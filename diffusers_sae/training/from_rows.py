@@ -6,7 +6,8 @@ import torch
 
 from ..errors import InputError
 from ..saes import SparseAutoencoder
-from .trainer import SAETrainer, TrainingConfig
+from .config import TrainingConfig
+from .trainer import SAETrainer
 
 
 def train_on_rows(

@@ -19,8 +19,9 @@ from ..disk import append_to_log, cut_log, hold_folder
 from ..errors import InputError
 from ..saes import BatchTopKSAE, SparseAutoencoder
 from .checkpoints import CHECKPOINT, check_run, read_checkpoint, write_checkpoint
+from .config import TrainingConfig
 from .processes import check_processes, check_same_step
-from .trainer import SAETrainer, TrainingConfig
+from .trainer import SAETrainer
 
 LOG = "log.jsonl"
 SAMPLE = 2**16

@@ -6,16 +6,30 @@ import torch
 
 from ..saes import SparseAutoencoder
 from ..saes.ops import at_once, largest, sparse_decode
+from ..saes.precision import NO_SPREAD, at_least_fp32
 
 
 def fraction_of_variance_unexplained(
     x: torch.Tensor, x_hat: torch.Tensor, weights: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """FVU: `Σ‖x - x̂‖² / Σ‖x - x̄‖²` over the rows `(N, d)` of a batch, each times its weight `(N,)`."""
-    error, spread = (x - x_hat).square().sum(-1), (x - x.mean(0)).square().sum(-1)
+    """FVU: `Σ‖x - x̂‖² / Σ‖x - x̄‖²` over the rows `(N, d)` of a batch, each times its weight `(N,)`, in fp32.
+
+    NaN for rows that are all the same, which have no variance.
+    """
+    x, x_hat = at_least_fp32(x), at_least_fp32(x_hat)
+    mean = x.mean(0)
+    error, spread = (x - x_hat).square().sum(-1), (x - mean).square().sum(-1)
+    whole = spread.sum()
     if weights is not None:
         error, spread = error * weights, spread * weights
-    return error.sum() / spread.sum()
+    fvu = error.sum() / spread.sum()
+    return torch.where(whole > NO_SPREAD * len(x) * mean.square().sum(), fvu, torch.nan)
+
+
+def has_spread(x: torch.Tensor) -> bool:
+    """Whether rows `(N, d)` differ by more than rounding."""
+    mean = x.mean(0)
+    return bool((x - mean).square().sum() > NO_SPREAD * len(x) * mean.square().sum())
 
 
 def aux_k_loss(
@@ -28,6 +42,7 @@ def aux_k_loss(
     gradients pass the ReLU straight through, since a latent whose pre-activation is negative on every row would have
     none and stay dead; and no row takes more than a quarter of the dead, so that few of them are told apart too.
     """
+    x, x_hat = at_least_fp32(x), at_least_fp32(x_hat)
     k = min(k_aux, -(-int(dead.sum()) // 4))
     if k == 0:
         return x.new_zeros(())
@@ -35,7 +50,7 @@ def aux_k_loss(
     indices = _largest_of(sae, x, dead.nonzero().flatten(), k)
     values = sae.pre_activations_at(x, indices)
     values = values + (values.relu() - values).detach()
-    model = sparse_decode(values, indices, sae.W_dec, torch.zeros_like(sae.b_dec))
+    model = sparse_decode(values, indices, at_least_fp32(sae.W_dec), x.new_zeros(x.shape[1]))
     return (residual - model).square().sum() / residual.square().sum().clamp(min=1e-12)
 
 

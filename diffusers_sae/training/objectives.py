@@ -21,6 +21,7 @@ from ..saes import (
     TopKSAE,
 )
 from ..saes.ops import at_once, largest_of_all, ragged_decode, sampled_linear, starts
+from ..saes.precision import at_least_fp32
 from .losses import fraction_of_variance_unexplained as fvu_of
 
 THRESHOLD_MEMORY = 0.99
@@ -88,7 +89,8 @@ def _topk(
 def _batch_topk_code(sae: BatchTopKSAE, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The k N largest codes of the batch (equation 5): values, indices and offsets, as in `saes.ops`."""
     values, indices, offsets = _largest_codes(sae, x)
-    known = sampled_linear(x - sae.b_dec, sae.W_enc, sae.b_enc, indices, offsets, values)
+    weight, bias = at_least_fp32(sae.W_enc), at_least_fp32(sae.b_enc)
+    known = sampled_linear(at_least_fp32(x) - sae.b_dec, weight, bias, indices, offsets, values)
     return known.relu(), indices, offsets
 
 
@@ -108,16 +110,16 @@ def _largest_codes(sae: BatchTopKSAE, x: torch.Tensor) -> tuple[torch.Tensor, to
 
 def _next_threshold(sae: BatchTopKSAE, values: torch.Tensor) -> torch.Tensor:
     """What the threshold becomes by the least code of the batch (equation 7)."""
-    values = values.detach()
+    values, threshold = values.detach(), at_least_fp32(sae.threshold)
     least = torch.where(values > 0, values, torch.inf).min()
-    least = torch.where(least.isinf(), sae.threshold, least)  # nothing is active
-    return torch.where(sae.threshold == 0, least, torch.lerp(least, sae.threshold, THRESHOLD_MEMORY))
+    least = torch.where(least.isinf(), threshold, least)  # nothing is active
+    return torch.where(threshold == 0, least, torch.lerp(least, threshold, THRESHOLD_MEMORY))
 
 
 @objective.register
 def _batch_topk(sae: BatchTopKSAE, x: torch.Tensor, weights: torch.Tensor | None, *_: Any) -> Objective:
     values, indices, offsets = _batch_topk_code(sae, x)
-    x_hat = ragged_decode(values, indices, offsets, sae.W_dec) + sae.b_dec
+    x_hat = ragged_decode(values, indices, offsets, at_least_fp32(sae.W_dec)) + sae.b_dec
     fvu = fvu_of(x, x_hat, weights)
     return Objective(fvu, x_hat, fvu, _fired_of(values, indices, sae.n_latents), _next_threshold(sae, values))
 
@@ -127,9 +129,10 @@ def _matryoshka(sae: MatryoshkaSAE, x: torch.Tensor, weights: torch.Tensor | Non
     """The mean FVU over prefixes of the latents (2503.17547, equation 4)."""
     values, indices, offsets = _batch_topk_code(sae, x)
     rows = torch.repeat_interleave(offsets.diff())
+    x = at_least_fp32(x)
     x_hat, loss, start = sae.b_dec + torch.zeros_like(x), x.new_zeros(()), 0
     sizes = [stop - start for start, stop in zip((0, *sae.prefixes), sae.prefixes, strict=False)]
-    for stop, directions in zip(sae.prefixes, sae.W_dec.split(sizes), strict=True):
+    for stop, directions in zip(sae.prefixes, at_least_fp32(sae.W_dec).split(sizes), strict=True):
         here = (indices >= start) & (indices < stop)
         x_hat = x_hat + ragged_decode(values[here], indices[here] - start, starts(rows[here], len(x)), directions)
         fvu = fvu_of(x, x_hat, weights)
@@ -149,6 +152,7 @@ def _relu(sae: SparseAutoencoder, x: torch.Tensor, weights: torch.Tensor | None,
 
 def _per_variance(amounts: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Mean over rows of the sum of `amounts (N, n)`, divided by the variance of the rows."""
+    x = at_least_fp32(x)
     return amounts.sum(-1).mean() / (x - x.mean(0)).square().sum(-1).mean()
 
 
@@ -159,7 +163,7 @@ def _gated(sae: GatedSAE, x: torch.Tensor, weights: torch.Tensor | None, sparsit
     z, gates = sae.activate(pre), pre.relu()
     x_hat = sae.decode(z)
     fvu = fvu_of(x, x_hat, weights)
-    by_gates = fvu_of(x, gates @ sae.W_dec.detach() + sae.b_dec.detach(), weights)
+    by_gates = fvu_of(x, gates @ at_least_fp32(sae.W_dec.detach()) + sae.b_dec.detach(), weights)
     return Objective(fvu + sparsity * _per_variance(gates, x) + by_gates, x_hat, fvu, _fired(z))
 
 
@@ -168,7 +172,7 @@ def _jump_relu(
     sae: JumpReLUSAE, x: torch.Tensor, weights: torch.Tensor | None, sparsity: float, bandwidth: float, *_: Any
 ) -> Objective:
     """FVU and an L0 penalty (2407.14435, equation 9), with straight-through gradients for the thresholds."""
-    pre, threshold = sae.pre_activations(x).relu(), sae.threshold
+    pre, threshold = sae.pre_activations(x).relu(), at_least_fp32(sae.threshold)
     z = JumpReLU.apply(pre, threshold, bandwidth)
     x_hat = sae.decode(z)
     fvu = fvu_of(x, x_hat, weights)

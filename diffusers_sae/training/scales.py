@@ -13,7 +13,8 @@ import torch
 from ..capture import ActivationStore
 from ..errors import InputError
 from ..saes import SparseAutoencoder
-from .trainer import SAETrainer, TrainingConfig
+from .config import TrainingConfig
+from .trainer import SAETrainer
 
 PROBES = 5
 FEWEST = 50
@@ -58,16 +59,19 @@ def sizes_for(
     seconds, expansion, rows = SCALES[scale]
     latents = expansion * store.width if latents is None else latents
     rows = min(rows, len(store) // 4)
-    if rows < 1:
+    if rows < 2:
         raise InputError(f"{store.folder} has {len(store)} rows, too few to train on; store more.")
-    config = replace(config, steps=PROBES, batch_size=rows)
+    config = replace(config, batch_size=rows)
+    probe = replace(config, steps=PROBES, k_aux=0)  # since no latent is dead so soon
     batches = store.batches(rows, epochs=PROBES + 2)
     with torch.random.fork_rng(devices=[]):
-        trainer = SAETrainer(make_sae(store.width, latents).train(), config, next(batches))
+        trainer = SAETrainer(make_sae(store.width, latents).train(), probe, next(batches))
     times = []
     for _ in range(PROBES):
         start = time.perf_counter()
         trainer.step(next(batches))
         times.append(time.perf_counter() - start)
     steps = max(FEWEST, round(seconds / statistics.median(times)))
-    return latents, replace(config, steps=steps, dead_after=min(config.dead_after, steps * rows // 10))
+    config = replace(config, steps=steps)
+    longest = replace(config, dead_after=None).rows_until_dead
+    return latents, replace(config, dead_after=min(longest, config.dead_after or longest))

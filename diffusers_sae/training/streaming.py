@@ -22,7 +22,8 @@ from ..capture.descriptions import (
 from ..disk import append_to_log, cut_log, hold_folder
 from ..saes import SparseAutoencoder
 from .checkpoints import CHECKPOINT, DELETE, check_contents, check_run, read_checkpoint, write_checkpoint
-from .trainer import SAETrainer, TrainingConfig
+from .config import TrainingConfig
+from .trainer import SAETrainer
 
 FURTHER = 2**40
 """How far the seeds of further noises lie from those of the images."""

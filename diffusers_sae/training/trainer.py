@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+import logging
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -15,62 +16,14 @@ from ..errors import InputError
 from ..saes import JumpReLUSAE, SparseAutoencoder
 from ..saes.ops import row_dots
 from .checkpoints import DELETE, check_contents, check_tensors
-from .losses import aux_k_loss
-from .objectives import objective
+from .config import TrainingConfig
+from .losses import aux_k_loss, has_spread
+from .objectives import objective, trainable
 from .optimizers import OPTIMIZERS
-from .precision import DTYPES, PRECISIONS, resolve_precision
+from .precision import DTYPES
 from .resampling import resample
 
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """How an SAE is trained.
-
-    Args:
-        steps: optimiser steps of the whole run, which the schedule of the rate follows.
-        batch_size: rows a step.
-        lr: peak rate, for rows whose mean square distance from the centre is scaled to `d`.
-        warmup, decay: shares of the run for the linear rise and the linear fall of the rate.
-        k_aux, aux_weight, dead_after: AuxK: latents that model the residual, weight of that loss, and the rows without
-            firing after which a latent counts as dead.
-        centre: `geometric_median` or `mean`: where the decoder bias starts.
-        sparsity: weight of the L1 penalty of ReLU and gated SAEs, or of the L0 penalty of JumpReLU ones.
-        sparsity_warmup: share of the run in which that weight rises from 0.
-        bandwidth: width of JumpReLU's pseudo-derivative, for the same scale of rows.
-        clip: largest norm of the gradient.
-        resample_every: steps after which dead latents begin anew, in the first half of the run; never by default.
-        ema: how much of the average of the weights a step keeps; if given, the trained SAE has that average.
-        optimizer: `adam`, or `adafactor`, which keeps next to nothing beside weights and gradients.
-        precision: `float32`, `bfloat16` or `auto`, which the trainer resolves by `resolve_precision` and records. It is
-            the dtype in which TopK searches for the largest latents; codes, losses and weights stay float32.
-
-    Raises:
-        InputError: if there is no such optimizer or precision.
-    """
-
-    steps: int
-    batch_size: int = 2048
-    lr: float = 8e-3
-    warmup: float = 0.02
-    decay: float = 0.5
-    k_aux: int = 64
-    aux_weight: float = 1 / 32
-    dead_after: int = 100_000
-    centre: str = "geometric_median"
-    sparsity: float = 1.0
-    sparsity_warmup: float = 0.1
-    bandwidth: float = 0.1
-    clip: float = 1.0
-    resample_every: int | None = None
-    ema: float | None = None
-    optimizer: str = "adam"
-    precision: str = "auto"
-
-    def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise InputError(f"precision={self.precision!r} is not a precision; choose from {', '.join(PRECISIONS)}.")
-        if self.optimizer not in OPTIMIZERS:
-            raise InputError(f"{self.optimizer!r} is not an optimizer; choose from {', '.join(OPTIMIZERS)}.")
+log = logging.getLogger(__name__)
 
 
 def geometric_median(x: torch.Tensor, iterations: int = 100, tolerance: float = 1e-6) -> torch.Tensor:
@@ -91,6 +44,8 @@ class SAETrainer:
     Rows are scaled so that their mean square distance from the centre is `d`; `finish` folds the scale back into the
     biases, which suffices since every architecture here is positively homogeneous.
 
+    An SAE in half precision is trained in fp32, as which it stands until `finish` gives it its dtype again.
+
     Under `accelerate launch` or torchrun each process takes its part of every batch, and all make the step of the whole
     batch. What BatchTopK keeps is then chosen among the rows of each process.
     """
@@ -107,21 +62,52 @@ class SAETrainer:
         """A trainer of a new SAE, or of one that is `trained` and keeps its weights.
 
         `sample (N, d)`: rows that centre and scale are taken from; none are needed if `load_state_dict` follows.
+
+        Raises:
+            InputError: if the SAE cannot be trained, or the sample has another width, or numbers that are not finite,
+                or no spread.
         """
+        if not trainable(type(sae)):
+            raise InputError(f"A {type(sae).__name__} cannot be trained; make an SAE of another class.")
         self.processes = accelerator.num_processes if accelerator else 1
         self.device = accelerator.device if accelerator else sae.b_dec.device
         if sae.input_norm is not None:
             raise InputError(f"SAEs with input_norm={sae.input_norm!r} are read, not trained; leave it out.")
+        if config.batch_size < 2 * self.processes:
+            raise InputError(
+                f"batch_size={config.batch_size} is too few for {self.processes} processes; give each 2 rows."
+            )
         if config.resample_every and self.processes > 1:
             raise InputError("resample_every works in one process; leave it out, as AuxK revives dead latents too.")
         self.sae, self._asked = sae, config
-        self.config = replace(config, precision=resolve_precision(config.precision, self.device))
+        self.config = config.resolve(self.device)
+        if config.k_aux and config.aux_weight and not config.aux_k_acts:
+            log.warning(
+                "AuxK will not act: dead_after=%s rows are not seen before the last of %s steps of %s rows.",
+                config.dead_after, config.steps, config.batch_size,
+            )  # fmt: skip
+        if sample is not None:
+            sample = self._checked_sample(sample)
+        self._dtype = sae.W_dec.dtype
+        if self._dtype.itemsize < 4:
+            sae.float()
         self.scale = 1.0 if sample is None else self._centre_and_scale(sample, trained)
         sae.to(self.device)
         self.optimizer = OPTIMIZERS[config.optimizer](sae.parameters(), config.lr)
         self.step_count = 0
         self.rows_since_fired = torch.zeros(sae.n_latents, dtype=torch.long, device=self.device)
         self.average = EMAModel(sae.parameters(), decay=config.ema, use_ema_warmup=True) if config.ema else None
+
+    def _checked_sample(self, sample: torch.Tensor) -> torch.Tensor:
+        """The sample in fp32; raises `InputError` if it gives no centre and scale."""
+        sample, width = sample.float(), self.sae.d_in
+        if sample.ndim != 2 or sample.shape[1] != width or len(sample) == 0:
+            raise InputError(f"The sample has shape {tuple(sample.shape)}; pass rows (N, {width}), with N above 0.")
+        if not torch.isfinite(sample).all():
+            raise InputError("The sample holds numbers that are not finite; leave those rows out.")
+        if not has_spread(sample):
+            raise InputError(f"The {len(sample)} rows of the sample are all the same; an SAE needs rows that vary.")
+        return sample
 
     def _centre_and_scale(self, sample: torch.Tensor, trained: bool) -> float:
         sae, config = self.sae, self.config
@@ -136,22 +122,20 @@ class SAETrainer:
                 sae.b_dec.copy_(scale * centre)
         return scale
 
-    def rate(self) -> float:
-        """Share of the peak rate at this step."""
-        done = self.step_count / self.config.steps
-        rise = min(1.0, (self.step_count + 1) / max(1.0, self.config.warmup * self.config.steps))
-        return rise * min(1.0, max(0.0, (1 - done) / self.config.decay))
-
     def step(self, rows: torch.Tensor, weights: torch.Tensor | None = None) -> dict[str, float]:
         """One step on raw rows `(N, d)`; returns the FVU, the AuxK loss and the share of dead latents.
 
         `weights (N,)` say how much each row counts in the FVU.
+
+        Raises:
+            InputError: if the rows are not finite, or all the same, so that they have no FVU; nothing was changed.
+            FloatingPointError: if the loss is not finite although they are; nothing was changed.
         """
         sae, config = self.sae, self.config
-        x = rows.to(self.device, non_blocking=True) * self.scale
+        x = rows.to(self.device, non_blocking=True).float() * self.scale
         sparsity = config.sparsity * min(1.0, (self.step_count + 1) / max(1.0, config.sparsity_warmup * config.steps))
         found = objective(sae, x, weights, sparsity, config.bandwidth, DTYPES[config.precision])
-        dead = self.rows_since_fired >= config.dead_after
+        dead = self.rows_since_fired >= config.rows_until_dead
         aux = aux_k_loss(sae, x, found.x_hat, dead, config.k_aux)
         fvu, loss = found.fvu.detach(), found.loss
         if self.processes > 1:  # each loss is a sum over rows, divided by one: of a process's rows, or of all
@@ -159,7 +143,7 @@ class SAETrainer:
             fvu, loss = self._summed(fvu * share), loss * share
         loss = loss + config.aux_weight * aux
         if not torch.isfinite(self._summed(loss.detach().clone())):
-            raise FloatingPointError(f"The loss is {loss.item()} at step {self.step_count}; lower the rate.")
+            raise self._fault(x, weights, loss)
         loss.backward()
         for parameter in sae.parameters():
             if parameter.grad is not None:
@@ -204,14 +188,24 @@ class SAETrainer:
                 parameter[rows].div_(torch.linalg.vector_norm(parameter[rows], dim=-1, keepdim=True))
 
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr * self.rate()
+            group["lr"] = self.config.lr * self.config.rate_at(self.step_count)
         self.optimizer.update(before, after)
         self.optimizer.zero_grad()
+
+    def _fault(self, x: torch.Tensor, weights: torch.Tensor | None, loss: torch.Tensor) -> Exception:
+        """Why the loss of rows `x (N, d)` is not finite."""
+        if not torch.isfinite(x).all():
+            return InputError(f"The rows of step {self.step_count} hold numbers that are not finite; leave those out.")
+        if not has_spread(x):
+            return InputError(f"The rows of step {self.step_count} are all the same; an SAE needs rows that vary.")
+        if weights is not None and not 0 < float(weights.sum()) < torch.inf:
+            return InputError(f"The weights of step {self.step_count} add up to {float(weights.sum())}; pass others.")
+        return FloatingPointError(f"The loss is {loss.item()} at step {self.step_count}; lower the rate.")
 
     def _resample(self, x: torch.Tensor, x_hat: torch.Tensor) -> None:
         every = self.config.resample_every
         if every and self.step_count % every == 0 and self.step_count <= self.config.steps // 2:
-            dead = self.rows_since_fired >= self.config.dead_after
+            dead = self.rows_since_fired >= self.config.rows_until_dead
             generator = torch.Generator().manual_seed(self.step_count)
             resample(self.sae, self.optimizer, dead, x, x_hat.detach(), generator)
             self.rows_since_fired[dead] = 0
@@ -236,12 +230,14 @@ class SAETrainer:
         return (x - x.mean(0)).square().sum() / whole
 
     def finish(self) -> SparseAutoencoder:
-        """The trained SAE for raw activations, on the CPU."""
+        """The trained SAE for raw activations, on the CPU, in the dtype that it came in."""
         if self.average:
             self.average.copy_to(self.sae.parameters())
             with torch.no_grad():
                 self.sae.W_dec.div_(self.sae.W_dec.norm(dim=-1, keepdim=True))
         self.sae.cpu().scale_input_(1 / self.scale)
+        if self._dtype != self.sae.W_dec.dtype:
+            torch.nn.Module.to(self.sae, self._dtype)  # that of diffusers warns of an empty list
         return self.sae.eval()
 
     def state_dict(self) -> dict[str, Any]:

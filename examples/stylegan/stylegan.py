@@ -61,7 +61,7 @@ def trained(pipe: StyleGAN2Pipeline, steps: int) -> tuple[TopKSAE, LatentStatist
     torch.manual_seed(0)
     sae = TopKSAE(width, 2 * width, k=max(4, width // 16), provenance={"site": SITE}).to(pipe.device)
     start = time.perf_counter()
-    done = train_on_w(pipe.generator, sae, TrainingConfig(steps=steps, batch_size=2048))
+    done = train_on_w(pipe.generator, sae, TrainingConfig(steps=steps, batch_size=2048, dead_after=100_000))
     seconds = time.perf_counter() - start
     statistics, figures = measured_on_w(pipe.generator, done)
     told = {name: figures[name] for name in ("fvu", "l0", "dead", "rows")}

@@ -2,18 +2,24 @@
 
 import json
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
+import typer
 from conftest import SITE, Harness
 from PIL import Image
 
 from diffusers_sae import InputError, LatentStatistics, TopKSAE, cli
 from diffusers_sae.capture import StoreConfig, store_activations
+from diffusers_sae.cli.app import app
 from diffusers_sae.cli.prompts import read_prompts
 from diffusers_sae.demo.shipped import CALL as CALL_OF_EMOJI_SD
 from diffusers_sae.demo.shipped import MODELS, SITES, load_pipeline
 from diffusers_sae.demo.world import sample_captions
+from diffusers_sae.training import TrainingConfig
+from diffusers_sae.training.config import DEAD_AFTER
+from diffusers_sae.training.precision import resolve_precision
 
 
 def run(monkeypatch, capsys, *arguments):
@@ -92,6 +98,10 @@ def test_from_a_pipeline_to_an_sae_that_steers_it(monkeypatch, capsys, folder, k
             ("train", "store", "--out", "sae", "--latents", "8", "--optimizer", "magic"),
             "'magic' is not an optimizer; choose from adam, adafactor",
         ),
+        *(
+            (("train", "store", "--out", "sae", "--latents", "8", f"--{name}", str(value)), f"{name}={value} must be")
+            for name, value in (("rows", -1), ("rows", 1), ("steps", 0), ("lr", -0.1), ("lr", 0.0), ("ema", 1.0))
+        ),
         (
             ("capture", "model", "prompts.txt", "--out", "store", "--site", "unet", "--call", "{"),
             "call='{' is no JSON",
@@ -125,6 +135,43 @@ def test_a_command_from_a_file_with_flags_above_it(monkeypatch, capsys, folder):
     (folder / "train.toml").write_text("latents: 32\n")
     code, shown = run(monkeypatch, capsys, "train", f"store/{SITE}", "--out", "other", "--config", "train.toml")
     assert code == 2 and "train.toml is no TOML" in shown and not (folder / "other").exists()
+
+
+def test_the_defaults_of_training_are_those_of_the_api(monkeypatch, capsys, folder):
+    """They are taken from there, and the help states them."""
+    monkeypatch.chdir(folder)
+    capture = ("capture", "model", "prompts.txt", "--out", "store", "--site", SITE, "--call", CALL, "--batch-size", 2)
+    done(monkeypatch, capsys, *capture)
+    done(monkeypatch, capsys, "train", f"store/{SITE}", "--out", "sae", "--latents", 8, "--k", 2, "--rows", 16,
+         "--steps", 3)  # fmt: skip
+    settings = json.loads((folder / "sae" / "training" / "run.json").read_text())["training"]
+    assert settings == {**asdict(TrainingConfig(3, 16)), "precision": resolve_precision()}
+    options = {p.name: p.help for p in typer.main.get_command(app).commands["train"].params}
+    default = TrainingConfig(5000)
+    stated = {"lr": default.lr, "rows": default.batch_size, "sparsity": int(default.sparsity)}
+    stated |= {"optimizer": default.optimizer, "precision": default.precision, "dead_after": DEAD_AFTER}
+    for name, value in stated.items():
+        assert f"{value}" in options[name], name
+
+
+def test_held_out_rows_without_spread_have_no_fvu(monkeypatch, capsys, folder):
+    """One row per timestep: the figure of each is null, and the printed line says so; the pooled one exists."""
+    monkeypatch.chdir(folder)
+    capture = ("capture", "model", "prompts.txt", "--out", "store", "--site", SITE, "--call", CALL)
+    done(monkeypatch, capsys, *capture, "--batch-size", 1, "--places", 1)
+    train = ("train", f"store/{SITE}", "--latents", 8, "--k", 2, "--rows", 4, "--steps", 3)
+    told = done(monkeypatch, capsys, *train, "--out", "sae")
+    assert "(undefined by timestep, as each has equal rows)" in told and "on 3 rows held out" in told
+    figures = json.loads((folder / "sae" / "held_out.json").read_text())
+    assert set(figures["fvu_by_timestep"].values()) == {None} and 0 < figures["fvu"] < 100
+    assert "fvu: " in done(monkeypatch, capsys, "inspect", "sae")
+    done(monkeypatch, capsys, *capture[:3], "--out", "alone", *capture[5:], "--batch-size", 1, "--places", 1,
+         "--timesteps", 1)  # fmt: skip
+    told = done(monkeypatch, capsys, "train", f"alone/{SITE}", *train[2:], "--out", "other")
+    assert "FVU undefined, as the rows held out are all the same" in told
+    figures = json.loads((folder / "other" / "held_out.json").read_text())
+    assert figures["fvu"] is None and 0 <= figures["mse"] < 100
+    assert "fvu: None" in done(monkeypatch, capsys, "inspect", "other")
 
 
 @pytest.fixture(scope="module")

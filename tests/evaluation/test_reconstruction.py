@@ -1,10 +1,12 @@
 """Reconstruction figures against their definitions on all rows at once."""
 
+import math
+
 import pytest
 import torch
 from conftest import random_sae
 
-from diffusers_sae import TopKSAE
+from diffusers_sae import InputError, TopKSAE
 from diffusers_sae.evaluation.reconstruction import ReconstructionMeter, baselines
 
 
@@ -56,3 +58,46 @@ def test_baselines_equal_their_definitions():
     torch.manual_seed(0)
     sae = TopKSAE(8, 64, 3)
     assert found["random"] == pytest.approx(((x - sae(x).detach()).square().sum() / spread).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1e4])
+def test_rows_without_spread_have_no_fvu(value):
+    """NaN, never a division by zero nor a quotient of roundings; whatever is defined is there."""
+    sae = random_sae()
+    meter = ReconstructionMeter(sae)
+    equal, single = torch.full((300, 8), value), torch.full((1, 8), value + 1)
+    meter.add(3.0, equal)
+    assert math.isnan(meter.figures()["fvu"]) and meter.figures()["rows"] == 300
+    meter.add(2.0, single)
+    figures = meter.figures()
+    assert all(math.isnan(fvu) for fvu in figures["fvu_by_timestep"].values())
+    x = torch.cat([equal, single])
+    x_hat = sae(x).detach()
+    spread = (x.double() - x.double().mean(0)).square().sum()
+    assert figures["fvu"] == pytest.approx(((x - x_hat).double().square().sum() / spread).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_figures_of_half_precision_are_those_of_the_numbers(dtype):
+    rows = (300 * torch.randn(200, 8)).to(dtype)
+    sae = random_sae()
+    meters = [ReconstructionMeter(sae), ReconstructionMeter(sae)]
+    codes = [meter.add(1.0, x) for meter, x in zip(meters, (rows, rows.float()), strict=True)]
+    assert meters[0].figures() == meters[1].figures() and torch.equal(codes[0].values, codes[1].values)
+    torch.manual_seed(0)
+    split = rows[:100], rows[100:]
+    assert baselines(*split, 3, 16) == baselines(*(x.float() for x in split), 3, 16)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_numbers_that_are_not_finite_are_refused_and_leave_no_trace(bad):
+    sae = random_sae()
+    meter, x = ReconstructionMeter(sae), torch.randn(40, 8)
+    meter.add(1.0, x)
+    before = meter.figures()
+    with pytest.raises(InputError, match=r"The rows of 2.0 hold numbers that are not finite"):
+        meter.add(2.0, x.index_fill(0, torch.tensor([3]), bad))
+    sae.W_dec.data[:] = bad
+    with pytest.raises(InputError, match=r"The SAE's reconstruction of the rows of 2.0 is not finite"):
+        meter.add(2.0, x)
+    assert meter.figures() == before

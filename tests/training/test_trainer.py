@@ -5,8 +5,10 @@ import copy
 import pytest
 import torch
 from conftest import random_sae
+from kinds import KINDS, of_kind
+from torch.utils._pytree import tree_leaves
 
-from diffusers_sae import InputError, ReLUSAE, TopKSAE
+from diffusers_sae import Directions, InputError, ReLUSAE, TopKSAE
 from diffusers_sae.capture.descriptions import describe
 from diffusers_sae.training import SAETrainer, TrainingConfig
 from diffusers_sae.training.checkpoints import read_checkpoint, write_checkpoint
@@ -217,11 +219,129 @@ def test_a_damaged_state_is_refused_and_changes_nothing(change, sentence):
     assert describe(other.state_dict()) == before
 
 
+def state_of(trainer):
+    return copy.deepcopy(trainer.state_dict())
+
+
+def assert_same_state(trainer, before):
+    for a, b in zip(tree_leaves(trainer.state_dict()), tree_leaves(before), strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
 def test_a_loss_that_is_not_finite_stops_the_training():
-    sae = TopKSAE(32, 64, 3)
-    trainer, data = trainer_for(sae)
+    trainer, data = trainer_for(TopKSAE(32, 64, 3))
+    with torch.no_grad():
+        trainer.sae.W_dec.mul_(1e30)
+    before = state_of(trainer)
     with pytest.raises(FloatingPointError, match="at step 0; lower the rate"):
-        trainer.step(data[:10] * float("nan"))
+        trainer.step(data[:10])
+    assert_same_state(trainer, before)
+
+
+CONSTANT = torch.full((64, 32), 0.1)  # whose mean is not exactly 0.1
+BAD_ROWS = {
+    "NaN": (lambda x: x * float("nan"), "hold numbers that are not finite"),
+    "infinite": (lambda x: x.index_fill(1, torch.tensor([3]), torch.inf), "hold numbers that are not finite"),
+    "constant": (lambda x: CONSTANT, "are all the same"),
+    "zero": (lambda x: torch.zeros_like(x), "are all the same"),
+    "single": (lambda x: x[:1], "are all the same"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("bad", BAD_ROWS)
+def test_rows_that_have_no_fvu_are_refused(bad, kind):
+    """As a sample and in a step, which changes nothing."""
+    make, message = BAD_ROWS[bad]
+    trainer, data = trainer_for(of_kind(*kind, d_in=32, n_latents=64))
+    trainer.step(data[:64])
+    before = state_of(trainer)
+    with pytest.raises(InputError, match=f"rows of step 1 {message}"):
+        trainer.step(make(data[:64]))
+    assert_same_state(trainer, before)
+    with pytest.raises(InputError, match=message.split(" ", 1)[1]):
+        SAETrainer(TopKSAE(32, 64, 3), TrainingConfig(10), make(data[:64]))
+
+
+def test_weights_that_weigh_nothing_are_refused():
+    trainer, data = trainer_for(TopKSAE(32, 64, 3))
+    for weights in (torch.zeros(64), torch.full((64,), torch.nan)):
+        with pytest.raises(InputError, match="The weights of step 0 add up to"):
+            trainer.step(data[:64], weights)
+
+
+def test_samples_and_saes_that_do_not_fit_are_refused():
+    _, data = sparse_data(64)
+    for sample in (data[:0], data[0], torch.randn(64, 31)):
+        with pytest.raises(InputError, match=r"pass rows \(N, 32\), with N above 0"):
+            SAETrainer(TopKSAE(32, 64, 3), TrainingConfig(10), sample)
+    with pytest.raises(InputError, match="A Directions cannot be trained"):
+        SAETrainer(Directions(32, 4), TrainingConfig(10), None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_rows_in_half_precision_train_as_their_fp32_copies(kind, dtype):
+    """Their squares overflow float16, and an FVU of inf / inf or x / inf would be reported."""
+    rows = (sparse_data(512)[0] * 60).to(dtype)
+    assert (rows - rows.mean(0)).square().sum().half().isinf()
+
+    def train(cast):
+        torch.manual_seed(0)
+        config = TrainingConfig(8, 128, lr=4e-3, precision="float32", dead_after=128)
+        trainer = SAETrainer(of_kind(*kind, d_in=32, n_latents=64).train(), config, cast(rows))
+        weights = cast(torch.linspace(0.5, 2, 128, dtype=dtype))
+        figures = [trainer.step(cast(rows[i * 64 : i * 64 + 128]), weights) for i in range(7)]
+        return figures, trainer.finish()
+
+    half, full = train(lambda x: x), train(lambda x: x.float())
+    assert half[0] == full[0] and half[0][-1]["fvu"] > 0.01
+    for a, b in zip(half[1].state_dict().values(), full[1].state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_saes_in_half_precision_are_trained_in_fp32_and_keep_their_dtype(kind, dtype):
+    rows = sparse_data(512)[0]
+
+    def train(sae):
+        config = TrainingConfig(6, 128, lr=4e-3, precision="float32", ema=0.9)
+        trainer = SAETrainer(sae.train(), config, rows)
+        figures = [trainer.step(rows[i * 64 : i * 64 + 128]) for i in range(6)]
+        return figures, trainer.finish()
+
+    torch.manual_seed(0)
+    half = of_kind(*kind, d_in=32, n_latents=64).to(dtype)
+    full = copy.deepcopy(half).float()
+    (half_figures, half), (full_figures, full) = train(half), train(full)
+    assert half_figures == full_figures
+    for a, b in zip(half.state_dict().values(), full.state_dict().values(), strict=True):
+        assert a.dtype == dtype and torch.equal(a, b.to(dtype))
+
+
+def test_auxk_acts_in_short_runs(caplog):
+    """By default a latent is dead after a tenth of the run's rows at most; if AuxK cannot act, the log says so."""
+
+    def aux_of(**config):
+        torch.manual_seed(0)
+        sae = TopKSAE(32, 64, 3)
+        sae.b_enc.data[32:] = -9.0  # half of them are negative on every row
+        data, _ = sparse_data(4096)
+        trainer = SAETrainer(sae, TrainingConfig(20, 128, **config), data)
+        return [trainer.step(data[i * 128 : i * 128 + 128])["aux"] for i in range(20)], trainer.config.dead_after
+
+    aux, dead_after = aux_of()
+    assert dead_after == 20 * 128 // 10 and aux[1] == 0 and min(aux[2:]) > 0
+    assert "AuxK" not in caplog.text
+    aux, _ = aux_of(dead_after=19 * 128 + 1)
+    assert max(aux) == 0 and "AuxK will not act: dead_after=2433 rows" in caplog.text
+    caplog.clear()
+    aux, _ = aux_of(dead_after=19 * 128)
+    assert aux[-1] > 0 and "AuxK" not in caplog.text
+    aux_of(dead_after=10**6, aux_weight=0.0)
+    assert "AuxK" not in caplog.text
+    assert TrainingConfig(10**6).resolve("cpu").dead_after == 100_000
 
 
 def test_average_weights_are_those_of_the_steps(tmp_path):
@@ -251,7 +371,7 @@ def test_resampled_latents_point_where_the_loss_is():
     torch.manual_seed(0)
     sae = TopKSAE(32, 64, 3)
     sae.b_enc.data[32:] = -9.0  # half of them are negative on every row
-    trainer, data = trainer_for(sae, steps=20, aux_weight=0.0, dead_after=500, resample_every=8, lr=0.0)
+    trainer, data = trainer_for(sae, steps=20, aux_weight=0.0, dead_after=500, resample_every=8, lr=1e-9)
     for i in range(7):
         trainer.step(data[i * 128 : (i + 1) * 128])
     silent = trainer.rows_since_fired >= 500 - 128
