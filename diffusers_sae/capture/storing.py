@@ -92,7 +92,8 @@ def store_activations(
     denoiser runs for other sites only. Their rows have the timestep 0.
 
     Raises:
-        InputError: if the folder holds another run's activations, or the disk has too little room.
+        InputError: if a site held a number that is not finite or exceeds the range of `config.dtype`, which is found
+            before its batch is written, the folder holds another run's activations, or the disk has too little room.
     """
     wanted = checked_prompts(prompts, config.images)
     if config.tokens != "all" and not any(Site.of(site).is_text_encoder for site in sites):
@@ -189,8 +190,8 @@ def _text_batches(
 ) -> Iterator[_Batch]:
     read = TextRows(config.tokens, config.places, config.seed)
     for first_image, count, tensors in read.stream(pipe, sites, prompts, config.batch_size, first, encode):
-        for held in tensors.values():
-            held["rows"] = held["rows"].to(DTYPES[config.dtype])
+        for path, held in tensors.items():
+            held["rows"] = _cast(held["rows"], config.dtype, path)
         yield first_image, count, tensors
 
 
@@ -249,12 +250,25 @@ def _rows_of(batch: StreamBatch, path: str, config: StoreConfig) -> dict[str, to
     )
     index = torch.tensor(kept)
     return {
-        "rows": rows[index[:, None], places].flatten(0, 1).to(DTYPES[config.dtype]),
+        "rows": _cast(rows[index[:, None], places].flatten(0, 1), config.dtype, path),
         "timestep": seen.timestep[index].float().repeat_interleave(count),
         "branch": branches[index].to(torch.uint8).repeat_interleave(count),
         "image": images[index].int().repeat_interleave(count),
         "place": places.flatten().int(),
     }
+
+
+def _cast(rows: torch.Tensor, dtype: str, path: str) -> torch.Tensor:
+    """Rows `(N, d)` in the store's dtype; raises `InputError` if one is not finite, there or to begin with."""
+    stored = rows.to(DTYPES[dtype])
+    if torch.isfinite(stored).all():
+        return stored
+    if not torch.isfinite(rows).all():
+        raise InputError(f"{path} held numbers that are not finite; run the pipeline in fp32 or bfloat16.")
+    largest, limit = float(rows.abs().max()), torch.finfo(stored.dtype).max
+    raise InputError(
+        f"{path} held {largest:,.0f}, and {dtype} ends at {limit:,.0f}; store with dtype='bfloat16' or 'float32'."
+    )
 
 
 def _check_budget(

@@ -150,9 +150,12 @@ class ShuffleBuffer:
         self._generator = generator
 
     def add(self, rows: torch.Tensor) -> None:
-        """Add rows `(..., d)`; of more than `capacity`, only the first."""
+        """Add rows `(..., d)`; of more than `capacity`, a random choice, each row as likely as any other."""
         capacity = len(self._rows)
-        rows = rows.reshape(-1, rows.shape[-1])[:capacity].to(self._rows)
+        rows = rows.reshape(-1, rows.shape[-1])
+        if len(rows) > capacity:
+            rows = rows[torch.randperm(len(rows), generator=self._generator)[:capacity]]
+        rows = rows.to(self._rows)
         free = min(len(rows), capacity - self._count)
         self._rows[self._count : self._count + free] = rows[:free]
         self._count += free

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,28 @@ from ..capture.descriptions import (
     refuse_differences,
 )
 from ..disk import append_to_log, cut_log, hold_folder
+from ..errors import InputError
+from ..ranges import Range, check_ranges
 from ..saes import SparseAutoencoder
+from ..saes.precision import NO_SPREAD
 from .checkpoints import CHECKPOINT, DELETE, check_contents, check_run, read_checkpoint, write_checkpoint
-from .config import TrainingConfig
+from .config import COUNT, POSITIVE, TrainingConfig
+from .losses import fraction_of_variance_unexplained
 from .trainer import SAETrainer
 
 FURTHER = 2**40
 """How far the seeds of further noises lie from those of the images."""
+RANGES = {
+    "images": COUNT,
+    "batch_size": COUNT,
+    "rows": Range(2, whole=True),
+    "reuse": POSITIVE,
+    "buffer": COUNT,
+    "emphasis": Range(0),
+    "first_steps": Range(0, whole=True),
+    "checkpoint_every": COUNT,
+    "seed": Range(whole=True),
+}
 
 
 @dataclass(frozen=True)
@@ -38,16 +53,21 @@ class StreamingConfig:
         batch_size: images generated at a time.
         rows: rows of an optimiser step.
         reuse: how often a row is drawn, on average.
-        buffer: rows that each site's shuffle buffer holds.
+        buffer: rows that each site's shuffle buffer holds, at least `rows`. A batch of images that gives more goes
+            through it in parts, with training steps in between: each part holds all timesteps at a random choice of
+            images and places, so that every row is in the buffer once and every timestep is trained on alike.
         branch: guidance branch whose rows are learned.
         balance: whether rows are weighted by one over the variance of their timestep, so that every timestep counts
-            alike.
+            alike; timesteps whose rows are all the same in a batch have the weight 1.
         emphasis: power of a timestep's FVU, over the mean one, that its weight is multiplied by; above 0, timesteps
             that are hard to reconstruct count more.
         first_steps: how many further noises of each prompt go through the first step alone. What a site holds of pure
             noise is the most varied, and such rows cost one step.
         checkpoint_every: images between checkpoints.
         seed: image i starts from the noise of seed `seed + i`.
+
+    Raises:
+        InputError: if a setting has a value that it may not have.
     """
 
     images: int
@@ -61,6 +81,11 @@ class StreamingConfig:
     first_steps: int = 0
     checkpoint_every: int = 256
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_ranges(self, RANGES)
+        if self.buffer < self.rows:
+            raise InputError(f"buffer={self.buffer} holds fewer rows than a step takes (rows={self.rows}); raise it.")
 
 
 @dataclass(frozen=True)
@@ -103,6 +128,11 @@ def train_on_stream(
             another run is refused: of other SAEs, settings, prompts or arguments, or of another pipeline.
         training: arguments of `TrainingConfig` other than the numbers of steps and rows, for all.
         call: goes to the pipeline (`num_inference_steps`, `guidance_scale`, ...).
+
+    Raises:
+        InputError: if a setting is none, the checkpoint is another run's, there are too few prompts or rows, or a site
+            held numbers that are not finite; the checkpoint is then as it was.
+        FloatingPointError: if a loss is not finite although the rows are.
     """
     wanted = checked_prompts(prompts, config.images)
     folder = Path(folder)
@@ -110,8 +140,9 @@ def train_on_stream(
     for name, sae in saes.items():
         asked = sae if isinstance(sae, StreamedSAE) else StreamedSAE(name, sae)
         own = {**(training or {}), **asked.training}
+        _checked_training(own, config)
         runs.setdefault(asked.site, {})[name] = _Run(folder / f"{name}.jsonl", asked.make, own, trained)
-    sites = {site: _Site(each, config) for site, each in runs.items()}
+    sites = {site: _Site(site, each, config) for site, each in runs.items()}
     with hold_folder(folder):
         description = _describe(pipe, runs, wanted, config, trained, call)
         first = _restore(folder / CHECKPOINT, sites, description)
@@ -151,6 +182,14 @@ def _train(
                     run.log(done)
                 state = {path: site.state_dict() for path, site in sites.items()}
                 write_checkpoint(folder / CHECKPOINT, {"run": description, "images": done, "sites": state})
+
+
+def _checked_training(training: Mapping[str, Any], config: StreamingConfig) -> None:
+    """Raise `InputError` if these are no arguments of `TrainingConfig`, before anything is generated."""
+    known = {each.name for each in fields(TrainingConfig)} - {"steps", "batch_size"}
+    if unknown := set(training) - known:
+        raise InputError(f"training has {', '.join(sorted(unknown))}; choose from {', '.join(sorted(known))}.")
+    TrainingConfig(steps=1, batch_size=config.rows, **training)
 
 
 def _describe(
@@ -197,9 +236,15 @@ def _first_steps(pipe: Any, batch: StreamBatch, config: StreamingConfig, call: M
 
 
 def timestep_weights(rows: torch.Tensor) -> torch.Tensor:
-    """One over the variance of each timestep, for rows `(T, images, P, d)`, as `(T, images, P, 1)`."""
-    variance = rows.flatten(1, 2).var(1).sum(-1)  # (T,)
-    weights = variance.mean() / variance.clamp(min=1e-12)
+    """One over the variance of each timestep, for rows `(T, images, P, d)`, as `(T, images, P, 1)`.
+
+    In units in which the mean variance has the weight 1; so have timesteps whose rows are all the same.
+    """
+    x = rows.flatten(1, 2)  # (T, N, d)
+    variance = x.var(1).sum(-1) if x.shape[1] > 1 else x.new_zeros(len(x))  # (T,)
+    varies = variance > NO_SPREAD * x.mean(1).square().sum(-1)
+    mean_variance = variance[varies].mean() if varies.any() else variance.new_ones(())
+    weights = torch.where(varies, mean_variance / torch.where(varies, variance, 1.0), 1.0)
     return weights[:, None, None, None].expand_as(rows[..., :1])
 
 
@@ -243,11 +288,10 @@ class _Run:
 
     @torch.no_grad()
     def hardness(self, rows: torch.Tensor) -> torch.Tensor:
-        """FVU at each timestep, `(T,)`, of a quarter of the rows `(T, images, P, d)`."""
+        """FVU at each timestep, `(T,)`, of a quarter of the rows `(T, images, P, d)`; NaN if these are all the same."""
         assert self.trainer is not None
         sae, x = self.trainer.sae, rows.flatten(1, 2)[:, ::4] * self.trainer.scale
-        lost = torch.stack([(step - sae(step)).square().sum() for step in x])
-        return lost / (x - x.mean(1, keepdim=True)).square().sum((1, 2))
+        return torch.stack([fraction_of_variance_unexplained(step, sae(step)) for step in x])
 
     def finished(self) -> SparseAutoencoder:
         assert self.trainer is not None
@@ -263,8 +307,8 @@ class _Run:
 class _Site:
     """One site's shuffle buffer and the SAEs that learn from it."""
 
-    def __init__(self, runs: Mapping[str, _Run], config: StreamingConfig) -> None:
-        self.runs, self._config = dict(runs), config
+    def __init__(self, path: str, runs: Mapping[str, _Run], config: StreamingConfig) -> None:
+        self.path, self.runs, self._config = path, dict(runs), config
         self._buffer: ShuffleBuffer | None = None
         self._generator = torch.Generator().manual_seed(config.seed)
         self._hardness: torch.Tensor | None = None
@@ -295,23 +339,73 @@ class _Site:
         """Take one batch of rows `(T, images, P, d)` in and make the steps that are due for it.
 
         `further (1, noises, P, d)` are more of the first timestep, whose weight all of them share; `(0, ...)` if none.
+
+        Raises:
+            InputError: if the rows are not finite, or too few for a step.
         """
         config, count = self._config, rows[..., 0].numel() + further[..., 0].numel()
+        self._check_finite(rows, further)
         if self._buffer is None:
-            self._buffer = ShuffleBuffer(config.buffer, rows.shape[-1] + 1, self._generator)
-            total = config.images * count / rows.shape[1] * config.reuse / config.rows
-            sample = rows.flatten(0, 2)[:: max(1, rows[..., 0].numel() // config.buffer)]
-            for run in self.runs.values():
-                run.begin(sample, int(total), config.rows)
+            self._begin(rows, count)
+        assert self._buffer is not None
         weights = timestep_weights(rows) if config.balance else torch.ones_like(rows[..., :1])
         if config.emphasis:
             weights = weights * self._emphasis(rows)[:, None, None, None]
         shared = weights[:1] * rows.shape[1] / (rows.shape[1] + further.shape[1] * len(further))
-        self._buffer.add(torch.cat([rows, torch.cat([shared, weights[1:]])], -1))
-        self._buffer.add(torch.cat([further, shared[: len(further), :1, :, :].expand_as(further[..., :1])], -1))
-        self._owed += count * config.reuse / config.rows
-        while self._owed >= 1 and self._steps_left():
-            sample = self._buffer.sample(config.rows)
+        rows = torch.cat([rows, torch.cat([shared, weights[1:]])], -1)
+        further = torch.cat([further, shared[: len(further), :1, :, :].expand_as(further[..., :1])], -1)
+        for part, more in self._parts(rows, further):
+            self._buffer.add(part)
+            self._buffer.add(more)
+            self._owed += (part[..., 0].numel() + more[..., 0].numel()) * config.reuse / config.rows
+            self._make_steps()
+
+    def _begin(self, rows: torch.Tensor, count: int) -> None:
+        """Make the buffer and the trainers, for batches like this first one, of `count` rows."""
+        config = self._config
+        steps = int(config.images * count / rows.shape[1] * config.reuse / config.rows)
+        if steps < 1:
+            raise InputError(
+                f"images={config.images} give {config.images * count // rows.shape[1]} rows of {self.path}, too few "
+                f"for a step of rows={config.rows}; generate more images, or take fewer rows per step."
+            )
+        sample = rows.flatten(0, 2)[:: max(1, rows[..., 0].numel() // config.buffer)]
+        for run in self.runs.values():
+            run.begin(sample, steps, config.rows)
+        self._buffer = ShuffleBuffer(config.buffer, rows.shape[-1] + 1, self._generator)
+
+    def _check_finite(self, rows: torch.Tensor, further: torch.Tensor) -> None:
+        finite = torch.isfinite(rows).flatten(1).all(1)  # (T,)
+        if not (finite.all() and torch.isfinite(further).all()):
+            step = int((~finite).nonzero()[0]) if not finite.all() else 0
+            raise InputError(
+                f"{self.path} held numbers that are not finite at step {step}; run the pipeline in fp32 or bfloat16."
+            )
+
+    def _parts(self, rows: torch.Tensor, further: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The batch whole, if the buffer can hold it; else in parts of half a buffer at most, where that can be.
+
+        Each part has all timesteps of a random choice of (image, place), `(T, 1, m, d)`, and of `further`, `(1, 1, m',
+        d)`.
+        """
+        count, capacity = rows[..., 0].numel() + further[..., 0].numel(), self._config.buffer
+        if count <= capacity:
+            yield rows, further
+            return
+        parts = -(-2 * count // capacity)
+        chosen = [self._shuffled(each).tensor_split(parts, 2) for each in (rows, further)]
+        yield from zip(*chosen, strict=True)
+
+    def _shuffled(self, rows: torch.Tensor) -> torch.Tensor:
+        """`(T, images, P, d)` with images and places in random order, as `(T, 1, images x P, d)`."""
+        rows = rows.flatten(1, 2)[:, None]
+        return rows[:, :, torch.randperm(rows.shape[2], generator=self._generator)]
+
+    def _make_steps(self) -> None:
+        """The steps that are due for the rows that have come."""
+        assert self._buffer is not None
+        while self._owed >= 1 - 1e-6 and self._steps_left():  # parts of a step add up to a step but for rounding
+            sample = self._buffer.sample(self._config.rows)
             for run in self.runs.values():
                 assert run.trainer is not None
                 run.figures = run.trainer.step(sample[:, :-1], sample[:, -1])
@@ -322,7 +416,11 @@ class _Site:
         return trainer is not None and trainer.step_count < trainer.config.steps
 
     def _emphasis(self, rows: torch.Tensor) -> torch.Tensor:
-        """How much each timestep counts, `(T,)`, by the mean FVU of the site's SAEs over the last batches or so."""
+        """How much each timestep counts, `(T,)`, by the mean FVU of the site's SAEs over the last batches or so.
+
+        Timesteps whose rows are all the same, which have no FVU, count as the mean of the others.
+        """
         fvu = torch.stack([run.hardness(rows) for run in self.runs.values()]).mean(0)
+        fvu = torch.where(fvu.isnan(), fvu.nanmean(), fvu).nan_to_num(1.0)
         self._hardness = fvu if self._hardness is None else torch.lerp(self._hardness, fvu, 0.1)
         return (self._hardness / self._hardness.mean()) ** self._config.emphasis

@@ -345,3 +345,25 @@ def test_batches_hold_every_row_once_an_epoch_in_an_order_that_follows_from_the_
     again = list(one.batches(100, seed=3, epochs=2, pool=pool, skip=21))
     assert len(again) == len(batches) - 21 and all(torch.equal(a, b) for a, b in zip(again, batches[21:], strict=True))
     assert not torch.equal(next(one.batches(100, seed=4, pool=pool)), batches[0])
+
+
+@pytest.mark.parametrize(
+    ("bias", "dtype", "sentence"),
+    [
+        (1e5, "float16", r"held 100,\d+, and float16 ends at 65,504; store with dtype='bfloat16' or 'float32'"),
+        (float("nan"), "float16", "held numbers that are not finite; run the pipeline in fp32 or bfloat16"),
+        (float("inf"), "float32", "held numbers that are not finite"),
+    ],
+)
+def test_numbers_that_the_dtype_cannot_hold_are_refused_before_they_are_written(tmp_path, bias, dtype, sentence):
+    harness, path = Harness(), "unet.mid_block.resnets.1"
+    with torch.no_grad():
+        harness.pipe.unet.mid_block.resnets[1].conv2.bias[3] += bias
+    call = {"num_inference_steps": 2, "height": 16, "width": 16}
+    with pytest.raises(InputError, match=sentence):
+        store_activations(harness.pipe, [path], ["ab", "cd"], tmp_path, StoreConfig(2, 1, dtype=dtype), **call)
+    assert not list(tmp_path.rglob("*.safetensors*")) and not list(tmp_path.rglob("manifest*"))
+    if bias == 1e5:  # the remedy works, in the same folder
+        store = store_activations(harness.pipe, [path], ["ab", "cd"], tmp_path, StoreConfig(2, 1, dtype="bfloat16"),
+                                  **call)[path]  # fmt: skip
+        assert store.shard(0)["rows"].isfinite().all() and store.shard(0)["rows"].max() > 65504

@@ -157,6 +157,15 @@ def test_a_full_buffer_replaces_random_rows_and_keeps_the_newest():
     assert (buffer.rows == 2).all()
 
 
+def test_of_more_rows_than_it_holds_the_buffer_keeps_a_random_choice():
+    buffer = ShuffleBuffer(100, 1, torch.Generator().manual_seed(0))
+    buffer.add(torch.arange(1000.0).view(10, 100, 1))
+    held = buffer.rows.flatten()
+    assert len(set(held.tolist())) == 100
+    by_timestep = torch.bincount((held / 100).long(), minlength=10)
+    assert by_timestep.min() >= 3  # 10 of each on average; the first alone would be 100 of one
+
+
 def test_labels_of_captured_activations(sd):
     with sd.pipe.capture([SITE]) as activations:
         sd.run(prompt=["ab", "cd"])

@@ -9,7 +9,7 @@ import torch
 from conftest import SITE, Harness, Stop
 
 from diffusers_sae import InputError, TopKSAE
-from diffusers_sae.capture import stream_activations
+from diffusers_sae.capture import ShuffleBuffer, stream_activations
 from diffusers_sae.disk import hold_folder
 from diffusers_sae.saes import ReLUSAE
 from diffusers_sae.training import SAETrainer, StreamedSAE, StreamingConfig, TrainingConfig, train_on_stream
@@ -107,7 +107,7 @@ def test_further_first_steps_share_the_weight_of_their_timestep(tmp_path):
     weights = {}
     for further in (rows[:0], more):
         one = _Run(tmp_path / "log.jsonl", lambda d: TopKSAE(d, 32, 4), {}, False)
-        site = _Site({SITE: one}, CONFIG)
+        site = _Site(SITE, {SITE: one}, CONFIG)
         site.feed(rows, further)
         x, weight = site._buffer.rows[:, :-1], site._buffer.rows[:, -1]
         first = torch.cat([rows[0].flatten(0, 1), further.flatten(0, 2)])
@@ -284,3 +284,108 @@ def test_a_run_ends_with_a_checkpoint_wherever_its_images_end(tmp_path, steps_le
     for site in SITES:
         assert [json.loads(x)["images"] for x in (tmp_path / f"{site}.jsonl").read_text().splitlines()] == [8, 10]
         assert all(torch.equal(a, b) for a, b in zip(first[site].parameters(), again[site].parameters(), strict=True))
+
+
+@pytest.mark.parametrize("images", [4, 3])
+def test_a_batch_larger_than_the_buffer_is_fed_in_parts_that_hold_every_timestep(images):
+    """Each row comes once, in parts of at most half a buffer, and steps are made in between."""
+    config = replace(CONFIG, images=images, batch_size=images, rows=32, reuse=1.0, buffer=64, balance=False)
+    rows = torch.arange(5 * images * 16.0).view(5, images, 16, 1).expand(-1, -1, -1, 8) + torch.rand(8)
+    more = 1e4 + torch.arange(2 * 16.0).view(1, 2, 16, 1).expand(-1, -1, -1, 8)
+    run = _Run(None, lambda d: TopKSAE(d, 32, 4), {}, False)
+    site, parts = _Site(SITE, {SITE: run}, config), []
+    add = ShuffleBuffer.add
+
+    def watching(self, part):
+        parts.append(part)
+        steps.append(run.trainer.step_count)
+        add(self, part)
+
+    steps: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ShuffleBuffer, "add", watching)
+        site.feed(rows, more)
+    count = rows[..., 0].numel() + 32
+    own = [part for part in parts if len(part) == 5]
+    assert len(own) == -(-2 * count // 64) and steps[-1] > 0
+    assert run.trainer.step_count == run.trainer.config.steps == count // 32
+    for part in own:  # the same places at every timestep
+        places = part[..., 0] - part[:1, ..., 0]
+        torch.testing.assert_close(places, places[:, :, :1].expand_as(places))
+    fed = torch.cat([part.flatten(0, 2)[:, 0] for part in parts])
+    everything = torch.cat([rows.flatten(0, 2)[:, 0], more.flatten(0, 2)[:, 0]])
+    assert torch.equal(fed.sort().values, everything.sort().values)
+    held = torch.cat([own[0][t, 0, :, 0] for t in range(5)])
+    assert held.tolist() != rows[:, 0, : own[0].shape[2], 0].flatten().tolist()  # of a random choice of places
+
+
+def test_a_run_through_a_small_buffer_resumes_with_the_same_bits(tmp_path, steps_left):
+    config = replace(CONFIG, images=12, rows=64, reuse=1.0, buffer=128, checkpoint_every=4)
+
+    def train(folder):
+        makers = {SITE: lambda d: TopKSAE(d, 32, 4)}
+        torch.manual_seed(0)
+        return train_on_stream(Harness().pipe, makers, prompts(12), config, folder, training={"lr": 3e-3}, **CALL)
+
+    expected = train(tmp_path / "whole")[SITE].state_dict()
+    for moment in (14, 15):
+        steps_left[:] = [moment]
+        with pytest.raises(Stop):
+            train(tmp_path / "stopped")
+    steps_left[:] = [0]
+    again = train(tmp_path / "stopped")[SITE].state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in expected.items())
+
+
+BAD = {
+    "images": (0, -1, 2.5), "batch_size": (0, -4), "rows": (1, 0, -8), "reuse": (0, -1.0, float("nan")),
+    "buffer": (0, -1, 100), "emphasis": (-1.0, float("inf")), "first_steps": (-1,), "checkpoint_every": (0, -1),
+    "seed": (0.5, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD.items() for value in values])
+def test_a_setting_out_of_range_is_refused_by_name(name, value):
+    with pytest.raises(InputError, match=f"{name}={value!r}"):
+        StreamingConfig(**{"images": 4, "rows": 128, "buffer": 2048, name: value})
+
+
+@pytest.mark.parametrize(
+    ("training", "sentence"), [({"lr": -1.0}, "lr=-1.0 must be"), ({"rate": 1}, "training has rate; choose from")]
+)
+def test_settings_of_training_are_checked_before_anything_is_generated(tmp_path, training, sentence):
+    with pytest.raises(InputError, match=sentence):
+        train_on_stream(None, {SITE: TopKSAE}, prompts(), CONFIG, tmp_path / "new", training=training, **CALL)
+    assert not (tmp_path / "new").exists()
+
+
+def test_too_few_rows_for_a_step_are_refused():
+    site = _Site(SITE, {SITE: _Run(None, lambda d: TopKSAE(d, 32, 4), {}, False)}, replace(CONFIG, images=1, reuse=1.0))
+    with pytest.raises(InputError, match="images=1 give 48 rows of .*, too few for a step of rows=128"):
+        site.feed(torch.randn(3, 1, 16, 8), torch.randn(3, 1, 16, 8)[:0])
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_rows_that_are_not_finite_are_refused_by_their_step(bad):
+    run = _Run(None, lambda d: TopKSAE(d, 32, 4), {}, False)
+    site, rows = _Site(SITE, {SITE: run}, CONFIG), torch.randn(3, 4, 16, 8)
+    site.feed(rows, rows[:0])
+    before = copy.deepcopy(run.trainer.state_dict()["sae"])
+    rows[2, 1, 3, 4] = bad
+    with pytest.raises(InputError, match="held numbers that are not finite at step 2; run the pipeline in fp32"):
+        site.feed(rows, rows[:0])
+    assert all(torch.equal(a, b) for a, b in zip(run.trainer.sae.state_dict().values(), before.values(), strict=True))
+
+
+def test_timesteps_without_spread_weigh_one_and_do_not_break_a_run():
+    rows = torch.randn(4, 50, 4, 8) * torch.tensor([1.0, 0.0, 3.0, 0.1])[:, None, None, None] + 5
+    weights = timestep_weights(rows)[:, 0, 0, 0]
+    variance = rows.flatten(1, 2).var(1).sum(-1)[[0, 2, 3]]
+    assert weights[1] == 1
+    torch.testing.assert_close(weights[[0, 2, 3]], variance.mean() / variance)
+    assert timestep_weights(rows[:, :1, :1]).flatten().tolist() == [1, 1, 1, 1]  # one row per timestep
+    run = _Run(None, lambda d: TopKSAE(d, 32, 4), {}, False)
+    site = _Site(SITE, {SITE: run}, replace(CONFIG, emphasis=1.0, reuse=1.0))
+    for _ in range(3):
+        site.feed(rows, rows[:0])
+    assert 0 < run.figures["fvu"] < 100 and site._hardness.isfinite().all()
