@@ -122,6 +122,10 @@ class SAETrainer:
                 sae.b_dec.copy_(scale * centre)
         return scale
 
+    def rate(self) -> float:
+        """Share of the peak rate at this step."""
+        return self.config.rate_at(self.step_count)
+
     def step(self, rows: torch.Tensor, weights: torch.Tensor | None = None) -> dict[str, float]:
         """One step on raw rows `(N, d)`; returns the FVU, the AuxK loss and the share of dead latents.
 
@@ -188,7 +192,7 @@ class SAETrainer:
                 parameter[rows].div_(torch.linalg.vector_norm(parameter[rows], dim=-1, keepdim=True))
 
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr * self.config.rate_at(self.step_count)
+            group["lr"] = self.config.lr * self.rate()
         self.optimizer.update(before, after)
         self.optimizer.zero_grad()
 
