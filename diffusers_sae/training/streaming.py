@@ -55,7 +55,7 @@ class StreamingConfig:
         reuse: how often a row is drawn, on average.
         buffer: rows that each site's shuffle buffer holds, at least `rows`. A batch of images that gives more goes
             through it in parts, with training steps in between: each part holds all timesteps at a random choice of
-            images and places, so that every row is in the buffer once and every timestep is trained on alike.
+            images and places, so that every row comes in and every timestep is trained on alike.
         branch: guidance branch whose rows are learned.
         balance: whether rows are weighted by one over the variance of their timestep, so that every timestep counts
             alike; timesteps whose rows are all the same in a batch have the weight 1.
