@@ -28,7 +28,17 @@ def folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
+        (("--rows", 0), "must be"),
+        (("--rows", -1), "must be"),
         (("--rows", 100_000), "fewer than the 100000 of a step"),
+        (("--steps", 0), "must be"),
+        (("--steps", -3), "must be"),
+        (("--lr", -1), "must be"),
+        (("--lr", "nan"), "must be"),
+        (("--ema", 2), "must be"),
+        (("--dead-after", -1), "must be"),
+        (("--resample-every", 0), "must be"),
+        (("--sparsity", -1), "must be"),
         (("--latents", 0), "latents=0 must be at least 1"),
         (("--latents", -8), "latents=-8 must be at least 1"),
         (("--k", 0), "k is 0, which must lie between 1 and n_latents (16)"),
