@@ -80,7 +80,14 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("outputs/kinds"))
     parser.set_defaults(images=IMAGES, steps=STEPS, latents=LATENTS, places=64, batch=16, call=CALL)
     args = parse(
-        parser, "kinds.json", images=16, steps=2, latents=64, places=4, batch=4, call={**CALL, "num_inference_steps": 2}
+        parser,
+        "kinds.json",
+        images=24,
+        steps=2,
+        latents=64,
+        places=64,
+        batch=4,
+        call={**CALL, "num_inference_steps": 2},
     )
     config = StoreConfig(args.images, args.batch, places=args.places)
     prompts = list(sample_captions(args.images, seed=40_000_000))

@@ -39,7 +39,7 @@ WINDOWS = {
 Labelled = list[tuple[str, tuple[str, ...]]]
 """Prompts, each with the concepts that its image shows."""
 
-SMOKE = argparse.Namespace(images=32, each=1, targets=("neon",))
+SMOKE = argparse.Namespace(images=64, each=1, targets=("neon",))
 
 
 class Asked(NamedTuple):

@@ -30,7 +30,7 @@ from diffusers_sae.saes import SparseAutoencoder
 
 PARTS = ("reconstruction", "probes", "edits", "consistency", "interpolation")
 
-SMOKE = argparse.Namespace(images=200, noises=1, held_out=16, trips=1, few=True)
+SMOKE = argparse.Namespace(images=200, noises=1, held_out=16, trips=2, few=True)
 
 
 def trained(name: str, seen: torch.Tensor, args: argparse.Namespace) -> SparseAutoencoder:
