@@ -15,10 +15,6 @@ from .products import gathered, rows_of, sampled
 
 HELD = 2**26
 """Pre-activations that are held at a time: 256 MiB."""
-SEARCHED = 3 * 2**22
-"""Pre-activations that a processor searches at a time: few enough for their memory to be reused without page faults."""
-TILE = 128
-"""Rows that matrix products are fast at multiples of."""
 CACHED = 512
 """Rows whose product a processor keeps in its cache."""
 GROUP = 4
@@ -88,10 +84,7 @@ def sampled_linear(
 
 def _largest_products(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """`largest` of `x Wᵀ + b`."""
-    count = at_once(len(W))
-    if x.device.type == "cpu":
-        count = min(count, _in_tiles(max(1, SEARCHED // len(W))))
-    parts = [largest(torch.mm(rows, W.T).add_(b), k) for rows in x.split(count)]  # addmm's bias takes longer
+    parts = [largest(_affine(rows, W, b), k) for rows in x.split(at_once(len(W)))]
     return torch.cat([values for values, _ in parts]), torch.cat([indices for _, indices in parts])
 
 
@@ -100,9 +93,9 @@ def at_once(numbers: int) -> int:
     return max(1, HELD // numbers)
 
 
-def _in_tiles(rows: int) -> int:
-    """At most so many rows of a product, and of more than `TILE` a multiple of it."""
-    return rows if rows < TILE else rows - rows % TILE
+def _affine(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """`x Wᵀ + b`. On a processor, a product in bfloat16 takes longer with a bias than without and its addition."""
+    return torch.addmm(b, x, W.T) if W.dtype == torch.float32 else torch.mm(x, W.T).add_(b)
 
 
 def row_dots(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
