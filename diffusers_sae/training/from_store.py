@@ -50,8 +50,10 @@ def train_on_store(
         accelerator: for several processes, a GPU, or trackers (begun by `init_trackers`), to which figures go too.
 
     Raises:
-        InputError: if the checkpoint is another run's, or the store has fewer rows than a step takes.
-        FloatingPointError: if the loss is not finite; the state before that step is kept in the checkpoint.
+        InputError: if the checkpoint is another run's, the store has fewer rows than a step takes, or the rows of a
+            step are not finite or all the same.
+        FloatingPointError: if the loss is not finite although they are. After either error of a step, the state before
+            it is kept in the checkpoint.
     """
     folder = Path(folder)
     if len(store) < config.batch_size:
@@ -92,7 +94,7 @@ def _train(
         for rows in bar:
             try:
                 figures = trainer.step(rows[index::count])
-            except FloatingPointError:
+            except (FloatingPointError, InputError):
                 if index == 0:
                     write_checkpoint(checkpoint, {"run": run, "trainer": trainer.state_dict()})
                 raise

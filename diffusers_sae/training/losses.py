@@ -28,6 +28,7 @@ def fraction_of_variance_unexplained(
 
 def has_spread(x: torch.Tensor) -> bool:
     """Whether rows `(N, d)` differ by more than rounding."""
+    x = x / x.abs().max().clamp(min=torch.finfo(x.dtype).tiny)  # since squares of the largest numbers overflow
     mean = x.mean(0)
     return bool((x - mean).square().sum() > NO_SPREAD * len(x) * mean.square().sum())
 

@@ -92,14 +92,24 @@ def test_the_seed_decides_whatever_was_drawn_before(stored, tmp_path):
     assert torch.equal(first.W_dec, again.W_dec) and not torch.equal(first.W_dec, other.W_dec)
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_last_good_state(stored, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("factor", "error", "sentence"),
+    [
+        (1e30, FloatingPointError, "The loss is nan at step 7; lower the rate"),
+        (float("nan"), InputError, "The rows of step 7 hold numbers that are not finite; leave those out"),
+        (0.0, InputError, "The rows of step 7 are all the same; an SAE needs rows that vary"),
+    ],
+)
+def test_a_loss_that_is_not_finite_stops_with_the_last_good_state(
+    stored, tmp_path, monkeypatch, factor, error, sentence
+):
     step = SAETrainer.step
 
     def spoiled(self, rows):
-        return step(self, rows * (float("nan") if self.step_count == 7 else 1.0))
+        return step(self, rows * (factor if self.step_count == 7 else 1.0))
 
     monkeypatch.setattr(SAETrainer, "step", spoiled)
-    with pytest.raises(FloatingPointError, match="loss is nan at step 7; lower the rate"):
+    with pytest.raises(error, match=sentence):
         trained(stored, tmp_path, ("BatchTopKSAE", {"k": 4}))
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     state = state["trainer"]
