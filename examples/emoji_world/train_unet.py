@@ -65,7 +65,8 @@ def cache_latents(path: Path, canvas: Canvas, vae: AutoencoderKL, count: int, de
 def main() -> None:
     parser = arguments(__doc__, steps=2800, batch=64, lr=5e-4)
     parser.add_argument("--scenes", type=int, default=98304)
-    args = parse(parser, scenes=64)
+    parser.set_defaults(shown=40)
+    args = parse(parser, scenes=64, shown=4)
     folder = args.world / "emoji-sd"
     vae = AutoencoderKL.from_pretrained(folder / "vae").to(args.device).eval()
     text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder").to(args.device).eval()
@@ -96,7 +97,7 @@ def main() -> None:
     )
     pipe.set_progress_bar_config(disable=True)
     rng = random.Random(7)
-    shown: list[Scene] = [sample_scene(rng) for _ in range(40)]
+    shown: list[Scene] = [sample_scene(rng) for _ in range(args.shown)]
 
     def sheet():
         generator = torch.Generator().manual_seed(0)

@@ -178,6 +178,8 @@ def main() -> None:
     args = parser.parse_args(namespace=SMOKE if "--smoke" in sys.argv[1:] else None)
     if args.model is not None and (args.sae is None or args.concepts is None):
         parser.error("--model needs --sae and --concepts.")
+    if args.smoke:
+        CALL["num_inference_steps"] = 4  # of everything that generates
     begin, busy = time.perf_counter(), time.process_time()
     args.out.mkdir(parents=True, exist_ok=True)
     pipe = SAESteeringPipeline.from_pretrained(args.model or MODELS / "emoji-sd", dtype=torch.float32).to(args.device)

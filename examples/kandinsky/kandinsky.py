@@ -315,6 +315,8 @@ def main() -> None:
     if args.model is not None:
         of_another_model(args)
         return
+    if args.smoke:
+        KANDINSKY_CALL.update(num_inference_steps=2, prior_num_inference_steps=2)
     begin, busy = time.perf_counter(), time.process_time()
     kandinsky, judge = Kandinsky(load_kandinsky(), args.size, KANDINSKY_CALL), load_judge()
     sae = load_sae(args.sae or MODELS / "emoji-kandinsky" / "sae")

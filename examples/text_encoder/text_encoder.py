@@ -51,7 +51,7 @@ STYLE_WORDS = {word for style in STYLES for word in style.split()}
 Pairs = list[tuple[str, str]]
 """Prompts, each with the attribute that its image is to get."""
 
-SMOKE = argparse.Namespace(pairs=8, steps=60, targets=1)
+SMOKE = argparse.Namespace(pairs=4, steps=60, cells=2)
 
 
 def penultimate_layer(pipe: Any) -> str:
@@ -136,7 +136,7 @@ def as_tensor(image: Image) -> torch.Tensor:
 
 
 def removal(
-    pipe: Any, judge: Any, features: list[WordFeature], strength: float, targets: Sequence[str]
+    pipe: Any, judge: Any, features: list[WordFeature], strength: float, targets: Sequence[str], most: int
 ) -> dict[str, Any]:
     """Removing objects at the text site and at the U-Net's sites with the shipped SAEs, over the same images."""
     scores, detectors = load_scores(), load_detectors()
@@ -145,7 +145,7 @@ def removal(
     totals: dict[str, UnlearningAccuracy] = {}
     seconds: dict[str, list[float]] = {"bare": [], "text": [], "U-Net": []}
     for target in targets:
-        cells = cells_of(target, 16)
+        cells = cells_of(target, most)
         edits = {
             "bare": [],
             "text": [{
@@ -231,8 +231,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("text-encoder-out"))
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.set_defaults(cells=16)
     parser.add_argument("--smoke", action="store_true", help="the smallest sizes, only to see that it runs")
     args = parser.parse_args(namespace=SMOKE if "--smoke" in sys.argv[1:] else None)
+    if args.smoke:
+        CALL["num_inference_steps"] = 4  # of everything that generates
     begin = time.perf_counter()
     args.out.mkdir(parents=True, exist_ok=True)
     pipe = SAESteeringPipeline.from_pretrained(args.model or MODELS / "emoji-sd", dtype=torch.float32).to(args.device)
@@ -309,7 +312,7 @@ def main() -> None:
     if not args.model:
         told["selective"] = {"how": f"ablate, {args.away:g}", **selective(pipe, features, args.away, call)}
         targets = TARGETS[: args.targets]
-        found = removal(pipe, judge, features, args.away, targets)
+        found = removal(pipe, judge, features, args.away, targets, args.cells)
         told["removal"] = {"targets": targets, "images": 24 * len(targets), **found}
     told["seconds"]["all"] = round(time.perf_counter() - begin, 1)
     told["hardware"] = f"{os.cpu_count()} cores, {torch.get_num_threads()} thread(s)"

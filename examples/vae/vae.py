@@ -44,7 +44,7 @@ PENALTY = 0.5
 FOR_COMPONENTS = 6144
 """Images that the principal components are taken of."""
 
-SMOKE = argparse.Namespace(count=512, held_out=64, steps=4, sae_steps=32)
+SMOKE = argparse.Namespace(count=192, held_out=32, steps=4, sae_steps=32)
 
 
 class Data(NamedTuple):
