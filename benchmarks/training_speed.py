@@ -37,7 +37,7 @@ SMOKE, SMOKE_QUALITY = Task(64, 512, 8, rows=256, steps=14), Task(16, 64, 4, row
 RATES = {"diffusers_sae": (0.3, 1.0, 3.0)}
 PEERS_RATES = (1.0, 3.0, 10.0, 30.0, 100.0)
 """Multiples of each side's own rate; the best should be neither the first nor the last."""
-SHORTER = (16, 12, 10, 8, 7, 6, 5, 4, 3, 2, 1)
+SHORTER = (16, 12, 10, 8, 7, 6, 5, 4, 3.5, 3, 2.5, 2.25, 2, 1.5, 1)
 
 
 def data(task: Task) -> KnownFeatures:
@@ -158,32 +158,43 @@ def quality(task: Task, store: Path | None, names: list[str]) -> dict[str, Any]:
     rival = min(rivals, key=lambda name: sides[name]["best"]["fvu"])
     best, fewer, shorter = sides[rival]["best"]["fvu"], None, {}
     for share in SHORTER:
-        ours = replace(task, rate=sides["diffusers_sae"]["best"]["rate"], steps=task.steps // share)
+        ours = replace(task, rate=sides["diffusers_sae"]["best"]["rate"], steps=int(task.steps / share))
         shorter[share] = fvu_after("diffusers_sae", ours, store)["fvu"]
         if shorter[share] <= best:
             fewer = share
             break
-    seconds = speed(task, 20, ["diffusers_sae", rival])["seconds_a_step"]
     return {
         "task": asdict(task),
         "sides": sides,
         "best_peer": rival,
         "ours_after_a_share_of_the_rows": shorter,
         "times_fewer_rows_to_the_best_peers_fvu": fewer,
-        "time_to_the_best_peers_fvu": fewer
-        and {
-            "seconds_a_step": seconds,
-            "peer_seconds": task.steps * seconds[rival],
-            "our_seconds": task.steps // fewer * seconds["diffusers_sae"],
-            "times_shorter": fewer * seconds[rival] / seconds["diffusers_sae"],
-        },
+    }
+
+
+def time_to_equal_fvu(figures: dict[str, Any], rounds: int) -> dict[str, Any]:
+    """How much sooner ours reaches the best FVU of any peer at its best rate, by the steps in `quality`'s figures and
+    step times measured in turns, on the same task."""
+    task, rival = Task(**figures["task"]), figures["best_peer"]
+    fewer = figures["times_fewer_rows_to_the_best_peers_fvu"]
+    if fewer is None:
+        raise SystemExit(f"Ours does not reach the FVU of {rival} in {task.steps} steps.")
+    seconds = speed(task, rounds, ["diffusers_sae", rival])["seconds_a_step"]
+    ours, peers = int(task.steps / fewer) * seconds["diffusers_sae"], task.steps * seconds[rival]
+    return {
+        "fvu": figures["sides"][rival]["best"]["fvu"],
+        "peer": rival,
+        "peer_seconds": peers,
+        "our_seconds": ours,
+        "times_shorter": peers / ours,
+        "seconds_a_step": seconds,
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--parts", type=lambda text: text.split(","), default=["speed", "memory", "quality"])
+    parser.add_argument("--parts", type=lambda text: text.split(","), default=["speed", "memory", "quality", "time"])
     parser.add_argument(
         "--sides", type=lambda text: text.split(","), default=list(SIDES), help="ours is diffusers_sae; default: all"
     )
@@ -211,6 +222,9 @@ def main() -> None:
     if "quality" in args.parts:
         figures["quality"] = quality(SMOKE_QUALITY if args.smoke else QUALITY, None, args.sides)
         args.out.write_text(json.dumps(figures, indent=1) + "\n")
+    if "time" in args.parts and "best_peer" in figures.get("quality", {}):
+        figures["time_to_equal_fvu"] = time_to_equal_fvu(figures["quality"], 5 * args.rounds)
+        print(json.dumps(figures["time_to_equal_fvu"]))
     if args.store:
         width = ActivationStore(args.store).width
         figures["quality_on_activations"] = quality(
