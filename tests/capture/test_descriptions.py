@@ -201,7 +201,7 @@ def test_a_refusal_names_what_differs():
     assert str(error.value) == (
         "a.pt is of another run: sae.k is 4 in the checkpoint and 9 here; prompts has other contents; delete it."
     )
-    many = {**there, "training": vars(replace(TrainingConfig(6), batch_size=1, lr=1, warmup=1, decay=1, k_aux=1))}
+    many = {**there, "training": vars(replace(TrainingConfig(6), batch_size=2, lr=1, warmup=1, decay=1, k_aux=1))}
     with pytest.raises(InputError, match="; and 2 more; delete it"):
         refuse_differences(there, many, "a.pt", "the checkpoint", "delete it")
     with pytest.raises(InputError, match=f"plan.{SITE} is nothing in the store and .{{57}}[.]{{3}} here"):

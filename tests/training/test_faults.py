@@ -29,7 +29,7 @@ def test_two_processes_make_the_steps_of_one(tmp_path, kind):
     store = store_activations(Harness().pipe, [SITE], list("abcdefgh"), tmp_path / "store", StoreConfig(8, 2), **call)
     command = [
         "-m", "diffusers_sae.cli", "train", str(store[SITE].folder), "--latents", "64", "--k", "2", "--kind", kind,
-        "--rows", "128", "--steps", "60", "--dead-after", "128", "--lr", "0.004", "--out",
+        "--rows", "128", "--steps", "60", "--dead-after", "128", "--lr", "0.004", "--precision", "float32", "--out",
     ]  # fmt: skip
     # as the README says; accelerate launch starts processes on CPUs through MPI alone
     launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
