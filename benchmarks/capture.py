@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--parts", type=lambda text: text.split(","), default=["demo", "sd15", "streamed"])
     parser.set_defaults(images=48, steps=CALL["num_inference_steps"], side=512)
-    args = parse(parser, "capture.json", rounds=1, images=4, steps=2, side=64)
+    args = parse(parser, "capture.json", rounds=1, images=16, steps=2, side=64)
     figures = json.loads(args.out.read_text()) if args.out.exists() else {}
     figures["machine"] = machine()
     call = {**CALL, "num_inference_steps": args.steps}

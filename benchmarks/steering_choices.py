@@ -23,6 +23,7 @@ from diffusers_sae.demo.measure_removal import CONFIDENT
 from diffusers_sae.demo.measure_steering import edits_towards, judged, load_towards, silent_scenes, steering_rows
 from diffusers_sae.demo.quality import fingerprint
 from diffusers_sae.demo.shipped import (
+    CALL,
     MODELS,
     SITES,
     generate,
@@ -265,6 +266,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=8)
     parser.add_argument("--work", type=Path, default=Path("outputs/choices"))
     args = parse(parser, "steering_choices.json", images=2)
+    if args.smoke:
+        CALL["num_inference_steps"] = 4  # of everything that generates
     choices = Choices(args.work, few=args.smoke)
     figures = {
         "masks": choices.masks(args.images),
