@@ -1,8 +1,8 @@
 """Where the time of a TopK training step goes, beside what memory bandwidth and peak products allow.
 
-`python benchmarks/training_stages.py` writes the section `stages` of this processor's `training_speed` results: for
-each stage the median milliseconds, the least bytes that it must move and the products that it must make, and the
-milliseconds that these would take at the bandwidth and at the rate measured in the same run.
+`python benchmarks/training_stages.py` writes a section `stages_float32` or `stages_bfloat16` of this processor's
+`training_speed` results: for each stage the median milliseconds, the least bytes that it must move and the products that
+it must make, and the milliseconds that these would take at the bandwidth and at the rate measured in the same run.
 """
 
 from __future__ import annotations
@@ -174,10 +174,10 @@ def main() -> None:
     keep_freed_memory()
     task = SMOKE if args.smoke else TASK
     figures = json.loads(args.out.read_text()) if args.out.exists() else {}
-    figures["stages"] = {"hardware": hardware(), **stage_table(task, task.steps)}
-    for name, row in figures["stages"]["table"].items():
+    figures[f"stages_{resolve_precision()}"] = stages = {"hardware": hardware(), **stage_table(task, task.steps)}
+    for name, row in stages["table"].items():
         print(f"{name:30} {row['ms']:8.2f} ms {row['ms_at_bandwidth']:8.2f} {row['ms_at_peak_product']:8.2f}")
-    print(json.dumps({name: value for name, value in figures["stages"].items() if name != "table"}))
+    print(json.dumps({name: value for name, value in stages.items() if name != "table"}))
     args.out.write_text(json.dumps(figures, indent=1) + "\n")
 
 
