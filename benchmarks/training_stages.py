@@ -1,8 +1,8 @@
 """Where the time of a TopK training step goes, beside what memory bandwidth and peak products allow.
 
 `python benchmarks/training_stages.py` writes a section `stages_float32` or `stages_bfloat16` of this processor's
-`training_speed` results: for each stage the median milliseconds, the least bytes that it must move and the products that
-it must make, and the milliseconds that these would take at the bandwidth and at the rate measured in the same run.
+`training_speed` results: for each stage the median milliseconds, the least bytes that it must move and products that it
+must make, and the milliseconds that these would take at the bandwidth and at the rate measured in the same run.
 """
 
 from __future__ import annotations

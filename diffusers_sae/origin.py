@@ -12,7 +12,8 @@ from .sites import Site
 
 def base_model(pipe: Any) -> str | None:
     """Where the pipeline was loaded from, if from anywhere."""
-    return pipe.config.get("_name_or_path")
+    name = pipe.config.get("_name_or_path")
+    return None if name is None else str(name)  # of `from_pretrained(Path(...))`, a path
 
 
 def warn_of_other_sae(pipe: Any, sae: SparseAutoencoder, place: Site) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import SITE, Harness, random_sae
 
-from diffusers_sae import InputError, Rule, StrengthMap, StrengthTable
+from diffusers_sae import InputError, Rule, SAESteeringPipeline, StrengthMap, StrengthTable
 
 OTHER = "unet.down_blocks.0.attentions.0"
 
@@ -199,3 +199,14 @@ def test_null_for_what_a_recipe_needs_is_refused(what, written):
     with pytest.raises(InputError, match=sentence):
         fresh.pipe.load_recipe(written[1])
     assert torch.equal(fresh.run(), bare)
+
+
+def test_a_pipeline_loaded_from_a_path_makes_recipes(tmp_path):
+    Harness().bare.save_pretrained(tmp_path / "model")
+    pipe = SAESteeringPipeline.from_pretrained(tmp_path / "model")  # whose name is then a path
+    torch.manual_seed(1)
+    pipe.load_sae(random_sae(), adapter_name="hand")
+    pipe.steer({3: 5.0})
+    pipe.save_recipe(tmp_path / "plan.json")
+    assert json.loads((tmp_path / "plan.json").read_text())["base_model"] == str(tmp_path / "model")
+    pipe.load_recipe(tmp_path / "plan.json")

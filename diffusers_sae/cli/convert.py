@@ -8,12 +8,15 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import InputError
 from .files import check_output_folder
+
+if TYPE_CHECKING:
+    from ..sites import Site
 
 
 def convert(
@@ -23,14 +26,13 @@ def convert(
     subfolder: Annotated[str | None, typer.Option(help="Of the repository or folder.")] = None,
     weight_name: Annotated[str | None, typer.Option(help="Weights file, where there are several.")] = None,
     site: Annotated[str | None, typer.Option(help="Site that it was trained at, if the files don't say.")] = None,
-    kind: Annotated[str, typer.Option(help="Of that site: output, input or update.")] = "output",
+    kind: Annotated[str | None, typer.Option(help="Of that site: output, input or update.")] = None,
     base_model: Annotated[str | None, typer.Option(help="Model that it was trained on, if they don't say.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="What else they leave out: k=32, again.")] = None,
 ) -> None:
     """Read an SAE of any known layout and write it in another. Pickles are read without being run."""
     from ..loaders import load_sae
     from ..loaders.formats import FORMATS
-    from ..sites import Site
 
     writers = {name: layout.write for name, layout in FORMATS.items() if layout.write is not None}
     if to not in writers:
@@ -38,10 +40,11 @@ def convert(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} is there already; choose a new folder.")
     check_output_folder(folder)
+    where = site_of(site, kind)
     sae = load_sae(source, subfolder, weight_name, settings_of(set_ or []), inert=True)
     provenance = sae.provenance
-    if site is not None:
-        provenance["site"] = Site(site, kind=kind).as_dict()
+    if where is not None:
+        provenance["site"] = where.as_dict()
     if base_model is not None:
         provenance["base_model"] = base_model
     sae.register_to_config(provenance=provenance or None)
@@ -62,6 +65,15 @@ def _written_whole(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+
+
+def site_of(path: str | None, kind: str | None) -> Site | None:
+    """The site of `--site` and `--kind`, if one is given; raises `InputError` for a kind without a site."""
+    from ..sites import Site
+
+    if path is None and kind is not None:
+        raise InputError(f"--kind {kind} needs --site, whose kind it is; the kind of a site in the files stays.")
+    return None if path is None else Site(path, kind=kind or "output")
 
 
 def settings_of(settings: list[str]) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def train(
     from ..capture import ActivationStore
     from ..evaluation.reconstruction import measure_on_store
     from ..saes import ARCHITECTURES, BatchTopKSAE, TopKSAE
-    from ..training import TrainingConfig, train_on_store
+    from ..training import SCALES, TrainingConfig, train_on_store
     from ..training.memory import keep_freed_memory
     from ..training.objectives import trainable
     from ..training.processes import make_accelerator, run_in_main
@@ -94,6 +94,8 @@ def train(
         raise InputError(f"held_out={held_out} must be at least 1 and less than the {shards} shards of {store}.")
     cls: Any = kinds[kind]
     own = {"k": k} if issubclass(cls, (TopKSAE, BatchTopKSAE)) else {}
+    if scale in SCALES:
+        _refuse_idle(ctx, f"scale={scale}", ("steps", "rows"))
     seen, unseen = activations.part(stop=-held_out), activations.part(start=-held_out)
     _check_sizes(cls, own, latents, seen, unseen, None if scale else settings.batch_size)
     manifest = activations.manifest
@@ -190,6 +192,14 @@ def _fvu_in_words(figures: Mapping[str, Any]) -> str:
     return f"FVU {figures['fvu']:.4f} ({worst})"
 
 
+def _refuse_idle(ctx: typer.Context, choice: str, options: tuple[str, ...]) -> None:
+    """Raise `InputError` if one of `options` is given, which do nothing beside `choice`."""
+    for name in options:
+        source = ctx.get_parameter_source(name)
+        if source is not None and source.name != "DEFAULT":
+            raise InputError(f"{name}={ctx.params[name]} does nothing with {choice}; leave one of them out.")
+
+
 def _settle(
     ctx: typer.Context,
     folder: Path,
@@ -213,7 +223,7 @@ def _settle(
         settings = replace(settings, precision=begun["training"].get("precision", "auto"))
     settings = replace(settings, precision=resolve_precision(settings.precision, accelerator.device))
     if begun is not None and scale is not None and begun["scale"] == scale:
-        latents = begun["latents"]
+        latents = begun["latents"] if latents is None else latents
         settings = replace(settings, **{name: begun["training"][name] for name in OF_A_SCALE})
     elif scale is not None:
         latents, settings = sizes_for(scale, seen, make_sae, settings, latents)

@@ -30,9 +30,9 @@ def _layer_norm(x: torch.Tensor) -> Normalized:
 
 
 def _constant_norm(x: torch.Tensor) -> Normalized:
-    """Norm `√d` (SAELens, `constant_norm_rescale`)."""
+    """Norm `√d` (SAELens, `constant_norm_rescale`); rows of zeros stay as they are."""
     scale = x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5
-    return Normalized(x / scale, torch.zeros_like(scale), scale)
+    return Normalized(torch.where(scale > 0, x / scale, 0.0), torch.zeros_like(scale), scale)
 
 
 NORMS: dict[str, Callable[[torch.Tensor], Normalized]] = {"layer_norm": _layer_norm, "constant_norm": _constant_norm}

@@ -61,7 +61,10 @@ class TopKSAE(SparseAutoencoder):
         return SparseCode(values.view(*x.shape[:-1], self.k), indices.view(*x.shape[:-1], self.k))
 
     def encode_only(self, x: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        """The k-th largest pre-activation decides; it is found in blocks, and no dense code is kept."""
+        """The k-th largest pre-activation decides; it is found in blocks, and no dense code is kept.
+
+        Latents that tie with the k-th are all active here, where `encode` keeps k of them.
+        """
         centred = (self.normalized(x) - self.b_dec).reshape(-1, self.d_in)
         block = self._block_for(len(centred))
         if block >= self.n_latents:

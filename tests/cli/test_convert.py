@@ -60,3 +60,12 @@ def test_a_mistake_is_a_sentence_and_writes_nothing(command, sae_folder, argumen
     outcome = command("convert", *arguments)
     assert outcome.code == 2 and sentence in outcome.err
     assert sorted(path.name for path in sae_folder.iterdir()) == ["file", "sae"]
+
+
+def test_a_kind_is_of_a_site(command, sae_folder):
+    refused = command("convert", "sae", "out", "--kind", "update")
+    assert refused.code == 2 and "--kind update needs --site" in refused.err
+    assert command("check", "emoji-sd", "sae", "--kind", "update").code == 2
+    assert not (sae_folder / "out").exists()
+    assert command("convert", "sae", "out", "--site", "unet.mid_block", "--kind", "update").code == 0
+    assert load_sae(sae_folder / "out").provenance["site"]["kind"] == "update"

@@ -47,6 +47,7 @@ def folder(tmp_path, monkeypatch):
         (("--optimizer", "magic"), "magic"),
         (("--precision", "float8"), "float8"),
         (("--scale", "2y"), "'2y' is not a scale"),
+        (("--scale", "1s"), "steps=4 does nothing with scale=1s; leave one of them out"),
         (("--tracker", "nope"), "'nope' is not a tracker; choose from"),
         (("--tracker", "aim"), "The tracker aim is not installed; run: pip install aim"),
         (("--held-out", 0), "held_out=0 must be at least 1 and less than the 3 shards"),
@@ -110,3 +111,12 @@ def test_every_option_can_stand_in_a_file(command, folder, store):
     )
     assert command("train", "--config", "run.toml").code == 0
     assert json.loads((folder / "sae" / "training" / "run.json").read_text())["training"]["steps"] == 4
+
+
+def test_a_resumed_scale_keeps_its_sizes_and_compares_what_is_asked(command, folder, store):
+    run = ("train", store, "--k", 4, "--scale", "1s", "--out", "sae")
+    assert command(*run).code == 0
+    latents = json.loads((folder / "sae/training/run.json").read_text())["latents"]
+    assert command(*run).code == 0
+    refused = command(*run, "--latents", latents + 1)
+    assert refused.code == 2 and f"latents is {latents} in run.json and {latents + 1} here" in refused.err

@@ -115,3 +115,12 @@ def test_new_saes_of_every_kind_start_tied_with_unit_rows():
     assert MatryoshkaSAE(8, 32, 4).prefixes == (2, 4, 8, 16, 32)
     tied = ReLUSAE(8, 32, tied=True)
     assert tied.W_enc is tied.W_dec and "W_enc" not in tied.state_dict()
+
+
+@pytest.mark.parametrize("input_norm", ["layer_norm", "constant_norm"])
+@pytest.mark.parametrize("size", [0.0, 1e-30])
+def test_rows_without_a_norm_have_finite_codes_and_reconstructions(input_norm, size):
+    sae = TopKSAE(8, 32, 4, input_norm=input_norm).eval()
+    x = torch.full((3, 8), size)
+    assert sae.encode(x).isfinite().all() and sae.encode_only(x, torch.arange(32)).isfinite().all()
+    torch.testing.assert_close(sae(x), x, atol=1e-6, rtol=0)
