@@ -29,14 +29,15 @@ def main() -> None:
             from .app import app
 
             sys.exit(app(args=arguments, prog_name="diffusers-sae", standalone_mode=True))
-    except Stopped as stop:
+    except (Stopped, KeyboardInterrupt) as stop:  # the latter before the handlers are set
         if debug:
             raise
+        code = stop.exit_code if isinstance(stop, Stopped) else Stopped(signal.SIGINT).exit_code
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         if not is_first_process():
-            sys.exit(stop.exit_code)
+            sys.exit(code)
         print(f"\n{advise_after_stop(arguments, program_name(), processes)}", file=sys.stderr)
-        sys.exit(stop.exit_code)
+        sys.exit(code)
     except Exception as error:
         if debug:
             raise
@@ -48,17 +49,28 @@ def main() -> None:
 
 @contextmanager
 def _stopped_by_signals() -> Iterator[None]:
-    """Let SIGINT and SIGTERM raise `Stopped`. Python's `KeyboardInterrupt` would end in typer, without our advice."""
+    """Let SIGINT and SIGTERM raise `Stopped`. Python's `KeyboardInterrupt` would end in typer, without our advice.
+
+    What is raised after a signal counts as the stop: libraries catch all that is raised while they are imported, and
+    raise an error of their own.
+    """
     if threading.current_thread() is not threading.main_thread():  # only there can handlers be set
         yield
         return
 
+    stops: list[Stopped] = []
+
     def stop(number: int, frame: object) -> NoReturn:
-        raise Stopped(number)
+        stops.append(Stopped(number))
+        raise stops[-1]
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
+    except Exception as error:
+        if stops:
+            raise stops[-1] from error
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -77,6 +78,47 @@ def test_a_stopped_command_says_how_to_go_on(command, monkeypatch, prompt_file, 
         "diffusers-sae capture emoji-sd p.txt --site unet.mid_block --out store --call '{\"num_inference_steps\": 4}'\n"
     )
     assert signal.getsignal(number) == before and not (prompt_file / "store").exists()
+
+
+STOPPED_BY_AN_IMPORT = """
+import os, signal, sys
+sys.argv = ["diffusers-sae", "check", "emoji-sd", "sae"]
+
+class Stopper:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            {stop}
+
+sys.meta_path.insert(0, Stopper())
+from diffusers_sae.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("module", ["typer", "torch", "diffusers"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_stop_during_the_imports_is_a_sentence(tmp_path, module, turned):
+    """Also where a library turns what it catches into an error of its own."""
+    stop = "os.kill(os.getpid(), signal.SIGINT)"
+    if turned:
+        stop = f"try: {stop}\n            except BaseException: raise RuntimeError('import failed')"
+    outcome = subprocess.run(
+        [sys.executable, "-c", STOPPED_BY_AN_IMPORT.format(module=module, stop=stop)],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert outcome.returncode == 130 and outcome.stdout == ""
+    last = outcome.stderr.splitlines()[-1]
+    assert last.startswith("Stopped; nothing was kept, and") and last.endswith(": diffusers-sae check emoji-sd sae")
+    assert "Traceback" not in outcome.stderr
+
+
+def test_a_stop_before_the_handlers_is_a_sentence(command, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(signal, "signal", interrupted)
+    outcome = command("check", "emoji-sd", "sae")
+    assert outcome.code == 130 and "nothing was kept" in outcome.err
 
 
 def test_a_command_that_cannot_go_on_says_so(command, monkeypatch, tmp_path):
