@@ -13,7 +13,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -38,14 +38,14 @@ class Stages:
         self._open: list[tuple[str, float]] = []
         self._restore: list[Callable[[], None]] = []
 
-    def wrap(self, owner: Any, name: str, stage: str, inside: str | None = None) -> None:
-        """Count a function's time as that of `stage`; if `inside` is given, only while that stage is open."""
+    def wrap(self, owner: Any, name: str, stage: str, inside: str | None = None, elsewhere: str | None = None) -> None:
+        """Count a function's time as that of `stage`; if `inside` is given, only while that stage is open, and
+        otherwise as that of the stage `elsewhere`, or of none."""
         function = getattr(owner, name)
 
         def timed(*args: Any, **kwargs: Any) -> Any:
-            if inside is not None and all(open_ != inside for open_, _ in self._open):
-                return function(*args, **kwargs)
-            with self.stage(stage):
+            here = stage if inside is None or any(name == inside for name, _ in self._open) else elsewhere
+            with self.stage(here) if here else nullcontext():
                 return function(*args, **kwargs)
 
         setattr(owner, name, timed)
@@ -92,10 +92,9 @@ def measured_stages(task: Task, steps: int) -> dict[str, float]:
     stages.wrap(torch.Tensor, "backward", "backward: rest")
     stages.wrap(ops, "_largest_products", "search: product")
     stages.wrap(ops, "largest", "search: k largest", inside="search: product")
-    stages.wrap(ops, "gathered", "backward: weights' gradients", inside="backward: rest")
-    stages.wrap(ops, "_sampled", "backward: codes' gradients", inside="backward: rest")
-    stages.wrap(ops, "sampled_linear", "values of the chosen codes")
-    stages.wrap(ops, "ragged_decode", "decode")
+    backward = "backward: rest"
+    stages.wrap(ops, "gathered", "backward: weights' gradients", inside=backward, elsewhere="decode")
+    stages.wrap(ops, "_sampled", "backward: codes' gradients", inside=backward, elsewhere="values of the chosen codes")
     stages.wrap(objectives, "fvu_of", "losses")
     stages.wrap(trainer, "_update", "update")
     try:

@@ -48,16 +48,10 @@ class TopKSAE(SparseAutoencoder):
         self.k, self.relu = k, relu
         self._make_parameters(d_in, n_latents, input_norm)
 
-    def encode_sparse(self, x: torch.Tensor, search_dtype: torch.dtype = torch.float32) -> SparseCode:
-        """The active latents of each row of `x (..., d)`.
-
-        Args:
-            search_dtype: in which the largest latents are searched for. bfloat16 may miss a latent that is nearly as
-                large as the k-th, which training tolerates; the values of those found are exact either way.
-        """
+    def encode_sparse(self, x: torch.Tensor) -> SparseCode:
         rows = self.normalized(x).reshape(-1, self.d_in)
         weight, bias = at_least_fp32(self.W_enc), at_least_fp32(self.b_enc)
-        values, indices = topk_encode(rows, weight, bias, self.b_dec, self.k, search_dtype=search_dtype, relu=self.relu)
+        values, indices = topk_encode(rows, weight, bias, self.b_dec, self.k, relu=self.relu)
         return SparseCode(values.view(*x.shape[:-1], self.k), indices.view(*x.shape[:-1], self.k))
 
     def encode_only(self, x: torch.Tensor, features: torch.Tensor) -> torch.Tensor:

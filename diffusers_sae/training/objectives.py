@@ -20,7 +20,7 @@ from ..saes import (
     SparseAutoencoder,
     TopKSAE,
 )
-from ..saes.ops import at_once, largest_of_all, ragged_decode, sampled_linear, starts
+from ..saes.ops import at_once, largest_of_all, ragged_decode, sampled_linear, starts, topk_reconstruct
 from ..saes.precision import at_least_fp32
 from .losses import fraction_of_variance_unexplained as fvu_of
 
@@ -80,10 +80,12 @@ def _topk(
     bandwidth: float,
     search_dtype: torch.dtype = torch.float32,
 ) -> Objective:
-    code = sae.encode_sparse(x, search_dtype)
-    x_hat = sae.decode_sparse(code)
+    W_enc, b_enc, W_dec = (at_least_fp32(p) for p in (sae.W_enc, sae.b_enc, sae.W_dec))
+    values, indices, x_hat = topk_reconstruct(
+        x, W_enc, b_enc, W_dec, sae.b_dec, sae.k, search_dtype=search_dtype, relu=sae.relu
+    )
     fvu = fvu_of(x, x_hat, weights)
-    return Objective(fvu, x_hat, fvu, _fired_of(*code, sae.n_latents))
+    return Objective(fvu, x_hat, fvu, _fired_of(values, indices, sae.n_latents))
 
 
 def _batch_topk_code(sae: BatchTopKSAE, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -7,6 +7,7 @@ the N n of a dense code.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ CACHED = 512
 """Rows whose product a processor keeps in its cache."""
 GROUP = 4
 """Numbers that are represented by their largest, in the search for the k largest."""
-FEW = 512
+FEW = 128
 """Numbers up to which such groups gain nothing."""
 
 
@@ -40,14 +41,49 @@ def topk_encode(
     `search_dtype` of bfloat16 the latents are chosen by a product in that dtype and their values are then computed in
     the dtype of `x`: it may choose a latent that is nearly as large as the k-th in place of that, and no more.
     """
+    values, places = _topk_values(x, W_enc, b_enc, b_dec, k, search_dtype, relu)
+    return values, places.indices.view_as(values)
+
+
+def topk_reconstruct(
+    x: torch.Tensor,
+    W_enc: torch.Tensor,
+    b_enc: torch.Tensor,
+    W_dec: torch.Tensor,
+    b_dec: torch.Tensor,
+    k: int,
+    *,
+    search_dtype: torch.dtype = torch.float32,
+    relu: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The values and indices of `topk_encode` and, for the same latents, `sparse_decode`, `(N, d)`.
+
+    The entries are put in order once for both, which is what training takes it for.
+    """
+    values, places = _topk_values(x, W_enc, b_enc, b_dec, k, search_dtype, relu)
+    x_hat = _RaggedDecode.apply(values.flatten(), places, W_dec) + b_dec
+    return values, places.indices.view_as(values), x_hat
+
+
+def _topk_values(
+    x: torch.Tensor,
+    W_enc: torch.Tensor,
+    b_enc: torch.Tensor,
+    b_dec: torch.Tensor,
+    k: int,
+    search_dtype: torch.dtype,
+    relu: bool,
+) -> tuple[torch.Tensor, _Places]:
+    """The values `(N, k)` of `topk_encode`, and their places."""
     with torch.no_grad():
         centred, W, b = x - b_dec, W_enc, b_enc
         if approximate := search_dtype != torch.float32:
             centred, W, b = centred.to(search_dtype), W.to(search_dtype), b.to(search_dtype)
-        values, indices = _largest_products(centred, W, b, k)
-        known = None if approximate else values.flatten()
-    pre = sampled_linear(x, W_enc, b_enc, indices.flatten(), even(indices), known, shift=b_dec).view_as(indices)
-    return (pre.relu() if relu else pre), indices
+        pre, indices = _largest_products(centred, W, b, k)
+        known = None if approximate else pre.flatten()
+    places = _Places(indices.flatten(), even(indices), len(W_enc))
+    values = _SampledLinear.apply(x, b_dec, W_enc, b_enc, places, known).view_as(indices)
+    return (values.relu() if relu else values), places
 
 
 def sparse_decode(
@@ -61,7 +97,7 @@ def ragged_decode(
     values: torch.Tensor, indices: torch.Tensor, offsets: torch.Tensor, W_dec: torch.Tensor
 ) -> torch.Tensor:
     """`Σ values W_dec[indices]` over the entries of each row, `(N, d)`."""
-    return _RaggedDecode.apply(values, indices, offsets, W_dec)
+    return _RaggedDecode.apply(values, _Places(indices, offsets, len(W_dec)), W_dec)
 
 
 def sampled_linear(
@@ -79,7 +115,7 @@ def sampled_linear(
         values: those entries, if they are known already.
         shift: `(d,)`; zero if it is not given.
     """
-    return _SampledLinear.apply(x, shift, W, b, indices, offsets, values)
+    return _SampledLinear.apply(x, shift, W, b, _Places(indices, offsets, len(W)), values)
 
 
 def _largest_products(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -141,14 +177,6 @@ def largest_of_all(pre: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.T
     return flat[places], places - rows * pre.shape[1], starts(rows, len(pre))
 
 
-def transposed_product(
-    values: torch.Tensor, indices: torch.Tensor, offsets: torch.Tensor, n: int, x: torch.Tensor
-) -> torch.Tensor:
-    """`Zᵀ x`, `(n, d)`, for a code Z `(N, n)` and `x (N, d)`."""
-    order, rows, begins = by_latent(indices, offsets, n)
-    return gathered(values[order], rows, begins, x)
-
-
 def by_latent(indices: torch.Tensor, offsets: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The entries of a code, latent after latent: their order `(M,)`, their rows in it `(M,)`, and where in it the
     entries of each latent begin, `(n + 1,)`."""
@@ -169,15 +197,32 @@ def even(indices: torch.Tensor) -> torch.Tensor:
     return torch.arange(0, indices.numel() + 1, k, device=indices.device)
 
 
-def _sampled(
-    x: torch.Tensor, W: torch.Tensor, order: torch.Tensor, rows: torch.Tensor, begins: torch.Tensor
-) -> torch.Tensor:
-    """The entries `(M,)` of `x Wᵀ` at the places of a code that `by_latent` has put in order.
+class _Places:
+    """Where the entries of a code of `n` latents are: `indices (M,)`, `offsets (N + 1,)`, and, once needed, their order
+    latent after latent."""
+
+    def __init__(self, indices: torch.Tensor, offsets: torch.Tensor, n: int) -> None:
+        self.indices, self.offsets, self.n = indices, offsets, n
+
+    @functools.cached_property
+    def by_latent(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return by_latent(self.indices, self.offsets, self.n)
+
+
+def _sampled(x: torch.Tensor, W: torch.Tensor, places: _Places) -> torch.Tensor:
+    """The entries `(M,)` of `x Wᵀ` at the places of a code.
 
     Latent after latent, each row of W is read once, and the rows of x stay in the cache.
     """
+    order, rows, begins = places.by_latent
     entries = sampled(W, x, rows, begins)
     return torch.empty_like(entries).index_put_((order,), entries)
+
+
+def _gathered_by_latent(values: torch.Tensor, places: _Places, x: torch.Tensor) -> torch.Tensor:
+    """`Zᵀ x`, `(n, d)`, for a code Z `(N, n)` and `x (N, d)`."""
+    order, rows, begins = places.by_latent
+    return gathered(values[order], rows, begins, x)
 
 
 class _SampledLinear(torch.autograd.Function):
@@ -188,42 +233,38 @@ class _SampledLinear(torch.autograd.Function):
         shift: torch.Tensor | None,
         W: torch.Tensor,
         b: torch.Tensor,
-        indices: torch.Tensor,
-        offsets: torch.Tensor,
+        places: _Places,
         values: torch.Tensor | None,
     ) -> torch.Tensor:
         x = x if shift is None else x - shift
-        ctx.save_for_backward(x, W, indices, offsets)
-        if values is not None:
-            return values.clone()
-        return _sampled(x, W, *by_latent(indices, offsets, len(W))).add_(b[indices])
+        ctx.save_for_backward(x, W)
+        ctx.places = places
+        return _sampled(x, W, places).add_(b[places.indices]) if values is None else values.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        x, W, indices, offsets = ctx.saved_tensors
+        (x, W), places = ctx.saved_tensors, ctx.places
         by_x = by_shift = by_weight = None
-        by_bias = torch.zeros_like(W[:, 0]).index_add_(0, indices, grad)
+        by_bias = torch.zeros_like(W[:, 0]).index_add_(0, places.indices, grad)
         if ctx.needs_input_grad[0]:
-            by_x = gathered(grad, indices, offsets, W)
+            by_x = gathered(grad, places.indices, places.offsets, W)
         if ctx.needs_input_grad[1]:
             by_shift = -(by_bias @ W)  # the sum over the rows of `by_x`
         if ctx.needs_input_grad[2]:
-            by_weight = transposed_product(grad, indices, offsets, len(W), x)
-        return by_x, by_shift, by_weight, by_bias, None, None, None
+            by_weight = _gathered_by_latent(grad, places, x)
+        return by_x, by_shift, by_weight, by_bias, None, None
 
 
 class _RaggedDecode(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, values: torch.Tensor, indices: torch.Tensor, offsets: torch.Tensor, W_dec: torch.Tensor
-    ) -> torch.Tensor:
-        ctx.save_for_backward(values, indices, offsets, W_dec)
-        return gathered(values, indices, offsets, W_dec)
+    def forward(ctx: Any, values: torch.Tensor, places: _Places, W_dec: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(values, W_dec)
+        ctx.places = places
+        return gathered(values, places.indices, places.offsets, W_dec)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        values, indices, offsets, W_dec = ctx.saved_tensors
-        order, rows, begins = by_latent(indices, offsets, len(W_dec))
-        by_values = _sampled(grad, W_dec, order, rows, begins) if ctx.needs_input_grad[0] else None
-        by_weight = gathered(values[order], rows, begins, grad) if ctx.needs_input_grad[3] else None
-        return by_values, None, None, by_weight
+        (values, W_dec), places = ctx.saved_tensors, ctx.places
+        by_values = _sampled(grad, W_dec, places) if ctx.needs_input_grad[0] else None
+        by_weight = _gathered_by_latent(values, places, grad) if ctx.needs_input_grad[2] else None
+        return by_values, None, by_weight
