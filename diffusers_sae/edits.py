@@ -114,6 +114,8 @@ def make_edit(
             f"start={start} and stop={stop} are no window of progress; it needs 0 <= start < stop <= 1, "
             "where 0 is pure noise and 1 the finished image."
         )
+    if not isinstance(preserve_norm, (bool, np.bool_)):
+        raise InputError(f"preserve_norm={preserve_norm!r:.80} is no choice; pass True or False.")
     if unit != "raw" and statistics is None:
         raise InputError(f"unit={unit!r} needs the SAE's statistics, and none lie beside it; use unit='raw'.")
     if unit != "raw" and statistics is not None:

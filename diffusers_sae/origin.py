@@ -25,9 +25,11 @@ def warn_of_other_sae(pipe: Any, sae: SparseAutoencoder, place: Site) -> None:
         _warn(f"The SAE was trained at {trained} and is loaded at {place}")
 
 
-def warn_of_other_recipe(pipe: Any, made_on: str | None) -> None:
-    """Warn if a recipe was made on another base model."""
+def warn_of_other_recipe(pipe: Any, made_on: str | None, made_for: str | None) -> None:
+    """Warn if a recipe was made on another base model, or for another class of pipelines."""
     _warn_of_other_model(pipe, made_on, "The recipe was made on")
+    if made_for and made_for != type(pipe).__name__:
+        _warn(f"The recipe was made for a {made_for} and this is a {type(pipe).__name__}", stacklevel=4)
 
 
 def _warn_of_other_model(pipe: Any, other: str | None, told: str) -> None:
@@ -36,8 +38,8 @@ def _warn_of_other_model(pipe: Any, other: str | None, told: str) -> None:
         _warn(f"{told} {other} and this pipeline is {loaded}")
 
 
-def _warn(what: str) -> None:
-    warnings.warn(f"{what}; its features may not mean the same here.", stacklevel=5)
+def _warn(what: str, stacklevel: int = 5) -> None:
+    warnings.warn(f"{what}; its features may not mean the same here.", stacklevel=stacklevel)
 
 
 def _short(name: str) -> str:

@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline
 
 from .activations import Activations, SiteActivations
 from .context import Context, arguments_of
+from .disk import write_whole
 from .edits import Edit, check_fits, make_edit
 from .errors import InputError
 from .families import check_supported, pipeline_class
@@ -164,11 +165,11 @@ class SAESteeringMixin:
         """Write the plan to a JSON file, with what it needs to be checked when it is loaded.
 
         Raises:
-            InputError: a strength is a function. Nothing is written.
+            InputError: a strength is a function, or the disk is full. Nothing is written.
         """
         recipe = recipe_of(self._steering.loaded, type(self).__name__, base_model(self))
-        text = json.dumps(recipe, indent=1)
-        Path(path).write_text(text + "\n")
+        text = json.dumps(recipe, indent=1) + "\n"
+        write_whole(Path(path), lambda partial: partial.write_text(text))
 
     def load_recipe(self, path: str | os.PathLike) -> None:
         """Add the edits of a recipe to the plan. The SAEs that it names must be loaded, under the names it has.
@@ -178,7 +179,7 @@ class SAESteeringMixin:
         """
         recipe = read_json(path)
         edits = edits_of(recipe, self._steering.loaded)
-        warn_of_other_recipe(self, recipe.get("base_model"))
+        warn_of_other_recipe(self, recipe.get("base_model"), recipe.get("pipeline"))
         for name, found in edits.items():
             one = self._steering.loaded[name]
             for edit in found:

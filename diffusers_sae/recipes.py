@@ -67,6 +67,11 @@ def edits_of(recipe: Any, loaded: Mapping[str, LoadedSAE]) -> dict[str, list[Edi
         )
     if not isinstance(recipe["saes"], dict) or not isinstance(recipe["edits"], list):
         raise InputError("The recipe's saes must be an object and its edits a list; write one by save_recipe.")
+    for key in ("pipeline", "base_model"):
+        if not isinstance(recipe.get(key), str | None):
+            raise InputError(
+                f"The recipe's {key} is {recipe[key]!r:.80}, and it must be a name; mend it or leave it out."
+            )
     for name, told in recipe["saes"].items():
         _check_sae(name, told, loaded)
     found: dict[str, list[Edit]] = {}
@@ -78,8 +83,9 @@ def edits_of(recipe: Any, loaded: Mapping[str, LoadedSAE]) -> dict[str, list[Edi
             )
         try:
             found.setdefault(name, []).append(_read(written, loaded))
-        except (TypeError, KeyError, AttributeError, ValueError) as error:
-            raise InputError(f"Edit {number} of the recipe cannot be read: {error}") from None
+        except (TypeError, LookupError, AttributeError, ValueError, RuntimeError, OverflowError) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"Edit {number} of the recipe cannot be read: {reason}") from None
     return found
 
 
@@ -100,6 +106,12 @@ def _check_sae(name: str, told: Any, loaded: Mapping[str, LoadedSAE]) -> None:
     one = loaded[name]
     if not isinstance(told, dict) or not isinstance(told.get("sha256"), str) or told.get("site") is None:
         raise InputError(f"The recipe does not say the site and the sha256 of the SAE {name!r}; save it again.")
+    for key, value in (("architecture", type(one.sae).__name__), ("n_latents", one.sae.n_latents)):
+        if told.get(key) is not None and (type(told[key]) is not type(value) or told[key] != value):
+            raise InputError(
+                f"The recipe says {key} = {told[key]!r:.80} of the SAE {name!r}, and the one loaded has {value!r}; "
+                "load the recipe's, or mend the recipe."
+            )
     if Site.of(told["site"]) != one.site:
         raise InputError(
             f"The recipe has the SAE {name!r} at {_named(told['site'])} and it is loaded at {one.site}; load it there."
@@ -163,7 +175,7 @@ def _read(written: Mapping[str, Any], loaded: Mapping[str, LoadedSAE]) -> Edit:
         {_feature(f): _given_strength(s) for f, s in written["features"].items()},
         one.sae,
         mask=mask,
-        when=_rule(written["when"], loaded) if written.get("when") else None,
+        when=_rule(written["when"], loaded) if written.get("when") is not None else None,
         statistics=one.sae.statistics,
         **given,
     )
@@ -178,6 +190,8 @@ def _feature(text: str) -> int:
 def _given_strength(strength: Any) -> Any:
     if not isinstance(strength, dict):
         return strength
+    if not isinstance(strength["timesteps"], list) or not isinstance(strength["values"], list):
+        raise InputError("The timesteps and the values of a table are lists.")
     timesteps, values = tuple(float(t) for t in strength["timesteps"]), strength["values"]
     if not timesteps or not all(math.isfinite(t) for t in timesteps) or len(timesteps) != len(values):
         raise InputError("A table has as many values as timesteps, at least one, and finite ones.")
@@ -190,7 +204,6 @@ def _rule(written: Mapping[str, Any], loaded: Mapping[str, LoadedSAE]) -> Rule:
     name = written["adapter_name"]
     if name not in loaded:
         raise InputError(f"a rule looks at the SAE {name!r}, which is not loaded.")
-    rule = Rule(
-        {_feature(f): w for f, w in written["features"].items()}, written["above"], name, written.get("at") or "image"
-    )
+    at = written["at"] if written.get("at") is not None else "image"
+    rule = Rule({_feature(f): w for f, w in written["features"].items()}, written["above"], name, at)
     return checked_rule(rule, name, loaded[name].sae)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -68,16 +69,38 @@ def _column(strength: Any, context: Context) -> torch.Tensor:
     if isinstance(strength, StrengthTable):
         return torch.tensor([strength.at(t) for t in context.timesteps])[:, None, None, None]
     if callable(strength):
-        values = [float(strength(context.progress(t))) for t in context.timesteps]
-        for value, t in zip(values, context.timesteps, strict=True):
-            if not math.isfinite(value):
-                raise InputError(
-                    f"A strength is {value} at progress {context.progress(t):.3f}; return a finite number."
-                )
+        values = [_finite_value(strength, context.progress(t)) for t in context.timesteps]
         return torch.tensor(values)[:, None, None, None]
     if isinstance(strength, Sequence):
         return torch.tensor(strength)[None, :, None, None]
     return torch.tensor(float(strength)).reshape(1, 1, 1, 1)
+
+
+def _finite_value(strength: Callable[[float], Any], progress: float) -> float:
+    """What a strength function returns, as a float; what it raises itself is its author's and goes on."""
+    value = strength(progress)
+    try:
+        number = math.nan if isinstance(value, (str, bytes)) else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        number = math.nan
+    if not math.isfinite(number):
+        shown = " ".join(f"{value!r:.60}".split())
+        raise InputError(f"A strength is {shown} at progress {progress:.3f}; return a finite number.")
+    return number
+
+
+def _check_takes_progress(feature: int, strength: Callable[..., Any]) -> None:
+    """Raise `InputError` if a function cannot be called with the progress alone."""
+    try:
+        signature = inspect.signature(strength)
+    except (TypeError, ValueError):  # some functions in C do not tell theirs
+        return
+    try:
+        signature.bind(0.0)
+    except TypeError:
+        raise InputError(
+            f"The strength of feature {feature} is a function of {signature}; it must take one argument, the progress."
+        ) from None
 
 
 def _resized(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -87,6 +110,7 @@ def _resized(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 def checked_strength(feature: int, strength: Any) -> Any:
     """The strength that `steer` was given for a feature, as a float, list, function or table; raises `InputError`."""
     if callable(strength):
+        _check_takes_progress(feature, strength)
         return strength
     if isinstance(strength, StrengthMap):
         numbers: Sequence[float] = strength.values.flatten().tolist()
@@ -101,6 +125,8 @@ def checked_strength(feature: int, strength: Any) -> Any:
         numbers = [float(strength)]
     else:
         try:
+            if isinstance(strength, (str, bytes)):
+                raise TypeError("its digits would be a strength each")
             numbers = strength = [float(v) for v in strength]
         except (TypeError, ValueError):
             raise InputError(

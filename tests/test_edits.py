@@ -1,5 +1,8 @@
 """Edits against an independent float64 reference of the formula, and what makes an edit invalid."""
 
+import math
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -84,6 +87,23 @@ def test_strength_kinds(sae):
     context = at(1000.0, 200.0, step=1, rows=4, branches=("uncond", "cond"))
     expected = torch.tensor([[[2.0, 3.0, 8.0, 5.0]], [[2.0, 4.0, 8.0, 5.0]]])
     torch.testing.assert_close(strengths_of(edit, sae, context), expected)
+
+
+def test_functions_of_every_kind(sae):
+    class Rising:
+        def __call__(self, progress, factor=2.0):
+            return np.float32(factor * progress)
+
+    edit = make_edit({0: math.sqrt, 1: Rising(), 2: partial(max, 0.5), 3: torch.tensor, 4: torch.nn.Identity()}, sae)
+    context = at(1000.0, 750.0, step=1)
+    torch.testing.assert_close(strengths_of(edit, sae, context), torch.tensor([[[0.5, 0.5, 0.5, 0.25, 0.25]]]))
+
+
+def test_what_a_strength_function_raises_is_raised(sd, sae):
+    sd.pipe.load_sae(sae)
+    sd.pipe.steer({3: lambda p: {}["strength"]})
+    with pytest.raises(KeyError, match="strength"):
+        sd.run()
 
 
 def test_a_map_gives_every_place_its_strength(sae):
@@ -189,6 +209,10 @@ def test_masks_of_every_kind(mask):
         ({"features": {3: float("inf")}}, "must be finite"),
         ({"features": {3: [1.0, float("nan")]}}, "must be finite"),
         ({"features": {3: []}}, "must be finite"),
+        ({"features": {3: lambda: 1.0}}, "is a function of (); it must take one argument, the progress"),
+        ({"features": {3: lambda p, q: 1.0}}, "is a function of (p, q); it must take one argument, the progress"),
+        ({"features": {3: "12"}}, "is not a number"),
+        ({"preserve_norm": "no"}, "preserve_norm='no' is no choice"),
         ({"features": {3: "strong"}}, "is not a number"),
         ({"features": {3: None}}, "is not a number"),
         ({"features": {3: StrengthTable((1.0,), (float("nan"),))}}, "must be finite"),
@@ -229,6 +253,12 @@ def test_bad_edits_get_a_sentence_and_leave_the_plan(sd, sae, arguments, sentenc
     [
         ({"features": {3: [1.0, 2.0]}}, "A strength has 2 numbers and the batch 1 images"),
         ({"features": {3: lambda p: float("nan")}}, "A strength is nan at progress"),
+        ({"features": {3: lambda p: "strong"}}, "A strength is 'strong' at progress 0."),
+        ({"features": {3: lambda p: "1"}}, "A strength is '1' at progress"),
+        ({"features": {3: lambda p: None}}, "A strength is None at progress"),
+        ({"features": {3: lambda p: [p]}}, "A strength is [0."),
+        ({"features": {3: lambda p: torch.ones(2)}}, "A strength is tensor([1., 1.]) at progress"),
+        ({"features": {3: lambda p: 10**400}}, "; return a finite number."),
         ({"mask": torch.ones(3, 8, 8)}, "The mask has 3 images and the batch 1"),
         ({"mask": torch.ones(8, 32)}, "does not fit a site of 8 x 8"),
     ],

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import SITE, Harness, random_sae
+from conftest import SITE, Harness, file_limit, random_sae
 
 from diffusers_sae import InputError, Rule, SAESteeringPipeline, StrengthMap, StrengthTable
 
@@ -132,6 +132,45 @@ def put(value, *path):
         (edit(when={"adapter_name": "hand", "features": {"1": 1.0}, "above": 0, "at": "end"}), "'end' is not where"),
         (edit(when={"adapter_name": "hand", "above": 0}), "Edit 0 of the recipe cannot be read: 'features'"),
         (edit(volume=11), "volume is unknown to this version"),
+        (put(-1, "base_model"), "The recipe's base_model is -1, and it must be a name"),
+        (put({}, "base_model"), "The recipe's base_model is {}, and it must be a name"),
+        (put(["x"], "pipeline"), "The recipe's pipeline is ['x'], and it must be a name"),
+        (
+            put("ReLUSAE", "saes", "hand", "architecture"),
+            "architecture = 'ReLUSAE' of the SAE 'hand', and the one loaded",
+        ),
+        (put(3, "saes", "hand", "architecture"), "architecture = 3 of the SAE 'hand'"),
+        (put(64, "saes", "hand", "n_latents"), "n_latents = 64 of the SAE 'hand', and the one loaded has 32"),
+        (put("32", "saes", "hand", "n_latents"), "n_latents = '32' of the SAE 'hand'"),
+        (put({"path": SITE, "kind": []}, "saes", "hand", "site"), "kind"),
+        (put(-1, "saes", "hand", "site"), "is no site"),
+        (edit(mask={}), "Edit 0 of the recipe cannot be read"),
+        (edit(mask="left"), "Edit 0 of the recipe cannot be read"),
+        (edit(mask=[]), "it must be (H, W)"),
+        (edit(mask=[[10**400]]), "Edit 0 of the recipe cannot be read"),
+        (edit(mask=[[None]]), "Edit 0 of the recipe cannot be read"),
+        (edit(features={"3": "12"}), "is not a number"),
+        (edit(features={"3": {"timesteps": "12", "values": "34"}}), "are lists"),
+        (edit(features={"3": {"timesteps": [1.0], "values": [[{}]]}}), "Edit 0 of the recipe cannot be read"),
+        (edit(features={"3": {"timesteps": [1.0], "values": {"0": 1.0}}}), "are lists"),
+        (edit(features=[3]), "Edit 0 of the recipe cannot be read"),
+        (edit(preserve_norm="no"), "preserve_norm='no' is no choice"),
+        (edit(start="a"), "Edit 0 of the recipe cannot be read"),
+        (edit(mode=[]), "is not a mode"),
+        (edit(unit={}), "is not a unit"),
+        (edit(tokens={}), "is not a list of positions"),
+        (edit(when=[]), "Edit 0 of the recipe cannot be read"),
+        (edit(when={}), "Edit 0 of the recipe cannot be read"),
+        (edit(when={"adapter_name": [], "features": {"1": 1.0}, "above": 0}), "Edit 0 of the recipe cannot be read"),
+        (
+            edit(when={"adapter_name": "hand", "features": {"1": "x"}, "above": 0}),
+            "Edit 0 of the recipe cannot be read",
+        ),
+        (
+            edit(when={"adapter_name": "hand", "features": {"1": 1.0}, "above": {}}),
+            "Edit 0 of the recipe cannot be read",
+        ),
+        (edit(when={"adapter_name": "hand", "features": {"1": 1.0}, "above": 0, "at": []}), "is not where"),
     ],
 )
 def test_recipes_that_do_not_fit_change_nothing(written, change, sentence):
@@ -146,6 +185,24 @@ def test_recipes_that_do_not_fit_change_nothing(written, change, sentence):
     text = str(error.value)
     assert sentence in text and "\n" not in text
     assert torch.equal(before, harness.run())
+
+
+def test_a_recipe_of_another_class_of_pipelines_is_told(written, recwarn):
+    fresh = with_saes()
+    fresh.pipe.load_recipe(written[1])
+    assert not [each for each in recwarn if "The recipe was made" in str(each.message)]
+    recipe = json.loads(written[1].read_text())
+    written[1].write_text(json.dumps({**recipe, "pipeline": "FluxPipeline"}))
+    with pytest.warns(UserWarning, match="made for a FluxPipeline and this is a StableDiffusionPipeline") as told:
+        with_saes().pipe.load_recipe(written[1])
+    assert told[0].filename == __file__
+
+
+def test_a_full_disk_leaves_the_recipe_that_was_there(written):
+    before = written[1].read_text()
+    with file_limit(100), pytest.raises(InputError, match=r"cannot be written \(File too large\); make room"):
+        steered().pipe.save_recipe(written[1])
+    assert written[1].read_text() == before and [path.name for path in written[1].parent.iterdir()] == ["plan.json"]
 
 
 @pytest.mark.parametrize("content", ["", "[1, 2", "\x00\x01"])

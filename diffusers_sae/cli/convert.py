@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..disk import refuse_full_disk
 from ..errors import InputError
 from .files import check_output_folder
 
@@ -59,9 +60,10 @@ def _written_whole(folder: Path) -> Iterator[Path]:
     """A folder beside that gets its name when all is written, and is removed if something goes wrong."""
     unfinished = folder.absolute().with_name(f".{folder.absolute().name}.{os.getpid()}")
     try:
-        unfinished.mkdir(parents=True)
-        yield unfinished
-        unfinished.replace(folder)
+        with refuse_full_disk(folder):
+            unfinished.mkdir(parents=True)
+            yield unfinished
+            unfinished.replace(folder)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise

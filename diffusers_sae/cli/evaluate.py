@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ..disk import write_whole
 from ..errors import InputError
 from .extras import require
 from .files import check_output_file, check_output_folder, read_text
@@ -44,10 +47,14 @@ def evaluate(
     for part in wanted:
         figures[part] = getattr(quality, part)()
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(figures, indent=1) + "\n")
+        write_whole(out, partial(_write_figures, figures))
         typer.echo(f"{part}: in {out}")
     if "curves" in wanted:
         draw_curves(figures["curves"], out.with_name("demo_removal.png"))
+
+
+def _write_figures(figures: Mapping[str, Any], file: Path) -> None:
+    file.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 def _read_figures(file: Path) -> dict[str, Any]:
@@ -55,7 +62,7 @@ def _read_figures(file: Path) -> dict[str, Any]:
     text = read_text(file)
     try:
         figures = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{file} holds no figures of an earlier run ({error}); choose another --out.") from None
     if not isinstance(figures, dict):
         raise InputError(f"{file} holds no figures of an earlier run; choose another --out.")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shlex
 import sys
 from collections.abc import Sequence
 
+from ..disk import FULL
 from ..errors import InputError
 from .extras import advise_install
 
@@ -20,7 +20,6 @@ RESUMABLE = ("capture", "train", "evaluate")
 OUT_OF_MEMORY = ("MemoryError", "OutOfMemoryError")
 NO_MEMORY = ("can't allocate memory", "out of memory")
 """What torch's `RuntimeError` says of a processor's memory, or of a GPU's."""
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 LOCAL_RANKS = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
@@ -53,7 +52,7 @@ def explain(error: Exception) -> tuple[str, int]:
 
 def _explain_files(error: OSError) -> str:
     where = f"{error.filename}" if error.filename is not None else "A file"
-    if error.errno in DISK_FULL:
+    if error.errno in FULL:
         return f"{where} cannot be written: the disk is full; make room and run the same command again."
     return f"{where} cannot be read or written ({error.strerror}); check the path and its permissions."
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..disk import write_whole
 from ..errors import InputError
 from ..loaders import load_sae
 from ..saes import LatentStatistics
@@ -57,10 +58,10 @@ def draw_sae(folder: Path, path: Path) -> dict[str, Any]:
     for axis, draw in zip(axes[0], panels, strict=True):
         draw(axis)
     path.parent.mkdir(parents=True, exist_ok=True)
-    drawn = io.BytesIO()  # a file is written whole or not at all
+    drawn = io.BytesIO()
     figure.savefig(drawn, dpi=90, format=path.suffix[1:].lower())
     plt.close(figure)
-    path.write_bytes(drawn.getvalue())
+    write_whole(path, lambda partial: partial.write_bytes(drawn.getvalue()))
     return told
 
 
@@ -69,7 +70,7 @@ def _read_json(file: Path, lines: bool = False) -> Any:
     try:
         text = file.read_text()
         return [_with("fvu", line) for line in text.splitlines()] if lines else _with("fvu_by_timestep", text)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise InputError(f"{file} cannot be read ({reason}); delete it, or train the SAE again.") from None
 

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from ..capture import stream_activations
+from ..disk import write_whole
 from ..errors import InputError
 from ..saes import SparseAutoencoder
 from ..sites import Site
@@ -146,6 +147,7 @@ class ConceptScores:
     signed: bool = False
 
     def __post_init__(self) -> None:
+        self._check_labels()
         c, t, n = len(self.concepts), len(self.timesteps), self.activity.shape[-1]
         expected = {"activity": (c, t, n), "places": (c, self.grid[0] * self.grid[1], n), "effect": (c, t, n)}
         for name, shape in expected.items():
@@ -159,6 +161,21 @@ class ConceptScores:
                     f"The {name} of the concepts has numbers that are not finite; "
                     "see whether the pipeline runs in this dtype without overflow, and compute it again."
                 )
+
+    def _check_labels(self) -> None:
+        """Raise `InputError` unless names, grid and timesteps can label the axes of the scores."""
+        names = (*self.concepts, *self.groups)
+        if not all(isinstance(name, str) for name in names) or len(set(self.concepts)) < len(self.concepts):
+            raise InputError(f"The concepts are {self.concepts} in the groups {self.groups}; pass distinct names.")
+        if not self.concepts or len(self.groups) != len(self.concepts):
+            raise InputError(f"{len(self.concepts)} concepts have {len(self.groups)} groups; pass a group for each.")
+        if len(self.grid) != 2 or not all(type(side) is int and side > 0 for side in self.grid):
+            raise InputError(f"The grid of the concepts is {self.grid}; pass its height and width, such as (16, 16).")
+        steps = self.timesteps
+        if steps.ndim != 1 or not len(steps) or not steps.float().isfinite().all():
+            raise InputError(f"The timesteps of the concepts have shape {tuple(steps.shape)}; pass finite ones, (T,).")
+        if len(steps.unique()) != len(steps):
+            raise InputError("The timesteps of the concepts hold one twice; pass distinct ones.")
 
     @property
     def n_latents(self) -> int:
@@ -273,7 +290,8 @@ class ConceptScores:
             if getattr(self, name) is not None:
                 tensors |= pack(name, getattr(self, name))
         names = {key: json.dumps(getattr(self, key)) for key in ("concepts", "groups", "grid", "n_latents", "signed")}
-        save_file({k: v.contiguous() for k, v in tensors.items()}, folder / FILE, metadata=names)
+        whole = {k: v.contiguous() for k, v in tensors.items()}
+        write_whole(folder / FILE, lambda partial: save_file(whole, partial, metadata=names))
 
     @classmethod
     def load(cls, folder: str | Path) -> ConceptScores:
@@ -284,6 +302,7 @@ class ConceptScores:
                 names = {key: json.loads(text) for key, text in (file.metadata() or {}).items()}
                 stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             _check_not_cut(stored)
+            _check_units(stored)
             scores = {
                 name: unpack(name, stored, names["n_latents"])
                 for name in SCORES
@@ -291,12 +310,22 @@ class ConceptScores:
             }
             if OLD_UNIT in stored:
                 scores["effect"] *= stored[OLD_UNIT]
-            concepts, groups, grid = (tuple(names[key]) for key in ("concepts", "groups", "grid"))
-            return cls(concepts, groups, stored["timesteps"], grid=grid, signed=names.get("signed", False), **scores)
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            concepts, groups, grid = (tuple(_list(names, key)) for key in ("concepts", "groups", "grid"))
+            signed = names.get("signed", False)
+            if not isinstance(signed, bool):
+                raise InputError(f"its signed is {signed!r:.80}")
+            return cls(concepts, groups, stored["timesteps"], grid=grid, signed=signed, **scores)
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            reason = " ".join(str(error).split()).rstrip(".")
             raise InputError(
-                f"{path} cannot be read as concept scores ({error}); compute or fetch them again."
+                f"{path} cannot be read as concept scores ({reason}); compute or fetch them again."
             ) from None
+
+
+def _list(names: Mapping[str, Any], key: str) -> list[Any]:
+    if not isinstance(names[key], list):
+        raise InputError(f"its {key} is {names[key]!r:.80} and no list")
+    return names[key]
 
 
 def _check_not_cut(stored: Mapping[str, torch.Tensor]) -> None:
@@ -304,6 +333,17 @@ def _check_not_cut(stored: Mapping[str, torch.Tensor]) -> None:
     values = stored["places.values"]
     if values.dtype == torch.float8_e4m3fn and bool((values.float() >= 448).any()):
         raise InputError("an earlier version cut its places at 448 times their mean")
+
+
+def _check_units(stored: Mapping[str, torch.Tensor]) -> None:
+    """Raise `InputError` where a unit is missing: all scores have one, or in earlier versions the effect alone."""
+    have = {name: f"{name}.unit" in stored for name in SCORES if f"{name}.there" in stored}
+    if any(have.values()):
+        missing = [f"{name}.unit" for name, has in have.items() if not has]
+    else:
+        missing = [OLD_UNIT] if "effect" in have and OLD_UNIT not in stored else []
+    if missing:
+        raise InputError(f"it holds no {', '.join(missing)}")
 
 
 def _top(score: torch.Tensor, percentile: float) -> torch.Tensor:

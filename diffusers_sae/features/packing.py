@@ -29,9 +29,16 @@ def pack(name: str, scores: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def unpack(name: str, stored: Mapping[str, torch.Tensor], n_latents: int) -> torch.Tensor:
-    """The scores `(..., n)` of that name among tensors that `pack` made, in float32. Files without units have 1."""
-    there = torch.from_numpy(np.unpackbits(stored[f"{name}.there"].numpy(), axis=-1, count=n_latents)).bool()
-    scores = torch.zeros(there.shape).masked_scatter_(there, stored[f"{name}.values"].float())
+    """The scores `(..., n)` of that name among tensors that `pack` made, in float32. Files without units have 1.
+
+    Raises:
+        ValueError: the tensors do not fit each other.
+    """
+    bits, values = stored[f"{name}.there"], stored[f"{name}.values"].float()
+    there = torch.from_numpy(np.unpackbits(bits.numpy(), axis=-1, count=n_latents)).bool()
+    if bits.shape[-1] != -(-n_latents // 8) or values.shape != (int(there.sum()),):
+        raise ValueError(f"its {name} has {int(there.sum())} places for {values.numel()} values")
+    scores = torch.zeros(there.shape).masked_scatter_(there, values)
     return scores * stored[f"{name}.unit"] if f"{name}.unit" in stored else scores
 
 

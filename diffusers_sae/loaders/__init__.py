@@ -52,7 +52,8 @@ def load_sae(
         source: hub repository, folder, weights file, or state dict.
         subfolder: of the repository or folder; or the authors' nickname of one, for repositories that are known.
         weight_name: the weights file, where there are several.
-        config: what the files leave out (`{"k": 32}`), or a layout (`{"format": "sparsify"}`).
+        config: what the files leave out (`{"k": 32}`), or a layout (`{"format": "sparsify"}`). A setting that they have
+            with another value is refused.
         variant: as in diffusers' loaders, `fp16` for `....fp16.safetensors`.
         inert: read pickles that hold objects of unknown classes too, with an empty shell for each; nothing in them is
             run. For files that `diffusers-sae convert` turns into safetensors.
@@ -65,7 +66,7 @@ def load_sae(
     if isinstance(source, Mapping):
         tensors, beside = split_state(source)
         held = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-        return _made(Weights(held, {**without_nulls(beside), **given}, "The state dict"))
+        return _made(Weights(held, _completed(without_nulls(beside), given, "The state dict"), "The state dict"))
     for name, value in (("subfolder", subfolder), ("weight_name", weight_name), ("variant", variant)):
         if value is not None and not isinstance(value, str):
             raise InputError(f"{name} is a {type(value).__name__}; pass a name, or leave it out.")
@@ -104,13 +105,27 @@ def _checked_config(config: Mapping[str, Any] | None) -> dict[str, Any]:
     return given
 
 
+def _completed(known: Mapping[str, Any], given: Mapping[str, Any], whose: str) -> dict[str, Any]:
+    """What files say, and what the caller adds to it; raises `InputError` where the two contradict each other.
+
+    Statistics, labels and figures beside the weights are those of the settings that the files say.
+    """
+    for name, value in given.items():
+        if name != "format" and name in known and known[name] != (list(value) if isinstance(value, tuple) else value):
+            raise InputError(
+                f"{whose} says {name} = {known[name]!r:.80}, and {name} = {value!r:.80} was passed; leave it out, "
+                "since only what the files leave out can be set."
+            )
+    return {**known, **given}
+
+
 def _from_folder(
     found: Found, weight_name: str | None, config: Mapping[str, Any], variant: str | None, inert: bool
 ) -> SparseAutoencoder:
     folder = found.folder
     verify_checksums(folder, below=LARGE)
     file = folder / (weight_name or _weights_in(folder, variant))
-    told = {**read_config(folder), **config}
+    told = _completed(read_config(folder), config, f"The config in {folder}")
     check_file(file)
     files = files_of(file)
     is_large = sum(each.stat().st_size for each in files) >= LARGE
@@ -118,7 +133,8 @@ def _from_folder(
         sae = _left_on_disk(file, files, told)
     else:
         tensors, beside = _read_all(files, inert)
-        sae = _made(Weights(tensors, {**without_nulls(beside), **told}, str(file), folder))
+        beside = _completed(without_nulls(beside), config, str(file))
+        sae = _made(Weights(tensors, {**beside, **told}, str(file), folder))
     statistics = LatentStatistics.load(folder)
     if statistics is not None:
         statistics.check(sae.n_latents, f"The statistics in {folder}")

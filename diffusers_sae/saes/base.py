@@ -51,7 +51,9 @@ class SparseCode(NamedTuple):
 
         Latents below 0 are active, too; the largest magnitudes come first.
         """
-        indices = z.abs().topk(max(1, int((z != 0).sum(-1).max())), dim=-1).indices
+        active = (z != 0).sum(-1)
+        fullest = int(active.max()) if active.numel() else 0  # without rows there is none
+        indices = z.abs().topk(max(1, fullest), dim=-1).indices
         return cls(z.gather(-1, indices), indices)
 
 

@@ -98,9 +98,11 @@ def _check(sae: SparseAutoencoder, folder: Path, figures: Mapping[str, Any] | No
             raise InputError(f"The label of feature {feature} is {label!r}; it must be a text.")
     if sae.statistics is not None:
         sae.statistics.check(sae.n_latents, "The SAE's statistics")
+    if not isinstance(figures, Mapping | None):
+        raise InputError(f"figures are a {type(figures).__name__}; pass a dict of names to numbers.")
     try:
         json.dumps(figures)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"figures cannot be written as JSON ({error}); pass plain numbers.") from None
 
 
@@ -176,7 +178,7 @@ def _holds(folder: Path, config: Path, sae: SparseAutoencoder) -> bool:
                 return False
             seen.add(name)
         return seen == set(state)
-    except (OSError, ValueError, TypeError, SafetensorError):
+    except (OSError, ValueError, TypeError, RecursionError, SafetensorError):
         return False
 
 
@@ -195,19 +197,30 @@ def _is_same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _card(sae: SparseAutoencoder, folders: list[Path], picture: bool) -> str:
-    """The card, with what was measured as the first of the folders has it."""
+    """The card, with what was measured as the first of the folders has it; raises `InputError` if that is no object."""
 
     def find(name: str) -> Path | None:
         return next((folder / name for folder in folders if (folder / name).is_file()), None)
 
     def read(name: str) -> dict[str, Any]:
         file = find(name)
-        return {} if file is None else json.loads(file.read_text())
+        return {} if file is None else _read_object(file)
 
     arguments = {name: value for name, value in sae.config.items() if name[:1] != "_" and name != "provenance"}
     statistics = find(DERIVED[0]) is not None
     kind, provenance = type(sae).__name__, sae.provenance
     return card_of(kind, arguments, provenance, statistics, read(FIGURES), read(LABELS), picture=picture)
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{file} cannot be read as JSON ({reason}); mend it or delete it, and save again.") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{file} holds no JSON object; mend it or delete it, and save again.")
+    return content
 
 
 def _set_aside_what_people_made(folder: Path) -> None:

@@ -64,8 +64,12 @@ class LatentStatistics:
                 )
             if not getattr(self, name).is_floating_point():
                 raise InputError(f"{whose} have a {name} of whole numbers; measure them on this SAE again.")
-        if not self.timesteps.isfinite().all():
-            raise InputError(f"{whose} have timesteps that are not finite; measure them on this SAE again.")
+            if not getattr(self, name).float().isfinite().all():
+                raise InputError(f"{whose} have a {name} that is not finite; measure them on this SAE again.")
+        if len(self.timesteps.unique()) != steps:
+            raise InputError(f"{whose} have the same timestep twice; measure them on this SAE again.")
+        if not ((self.rate >= 0) & (self.rate <= 1)).all():
+            raise InputError(f"{whose} have a rate outside 0 to 1; measure them on this SAE again.")
 
     def save(self, folder: Path) -> None:
         """Write `statistics.safetensors` into an SAE's folder."""

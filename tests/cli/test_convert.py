@@ -5,7 +5,7 @@ import signal
 from dataclasses import replace
 
 import pytest
-from conftest import random_sae
+from conftest import file_limit, random_sae
 
 from diffusers_sae import load_sae
 from diffusers_sae.loaders.formats import FORMATS
@@ -42,6 +42,14 @@ def test_a_stopped_command_leaves_nothing(command, sae_folder, monkeypatch):
     assert sorted(path.name for path in sae_folder.iterdir()) == ["file", "sae"]
 
 
+@pytest.mark.parametrize("to", [name for name, layout in FORMATS.items() if layout.write is not None])
+def test_a_full_disk_is_a_sentence_and_leaves_nothing(command, sae_folder, to):
+    with file_limit(1000):
+        outcome = command("convert", "sae", "out", "--to", to)
+    assert outcome.code == 2 and "error: out cannot be written (File too large); make room" in outcome.err
+    assert sorted(path.name for path in sae_folder.iterdir()) == ["file", "sae"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -54,6 +62,7 @@ def test_a_stopped_command_leaves_nothing(command, sae_folder, monkeypatch):
         (("sae", "out", "--subfolder", "odd"), "does not exist; its parent holds"),
         (("sae", "out", "--weight-name", "odd"), "odd"),
         (("sae", "out", "--set", "=3"), "is not a setting"),
+        (("sae", "out", "--set", "k=9"), "says k = 4, and k = 9 was passed; leave it out"),
     ],
 )
 def test_a_mistake_is_a_sentence_and_writes_nothing(command, sae_folder, arguments, sentence):

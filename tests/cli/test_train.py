@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import SITE, Harness
+from conftest import SITE, Harness, file_limit
 
 from diffusers_sae.capture import StoreConfig, store_activations
 
@@ -103,6 +103,15 @@ def test_a_picture_in_another_format(command, folder, store):
     assert command("train", store, "--out", "sae", *RUN).code == 0
     assert command("inspect", "sae", "--out", "pictures/x.SVG").code == 0
     assert "<svg" in (folder / "pictures" / "x.SVG").read_text()
+
+
+def test_a_picture_on_a_full_disk(command, folder, store):
+    assert command("train", store, "--out", "sae", *RUN).code == 0
+    (folder / "x.png").write_bytes(b"an older one")
+    with file_limit(2000):
+        outcome = command("inspect", "sae", "--out", "x.png")
+    assert outcome.code == 2 and "x.png cannot be written (File too large); make room" in outcome.err
+    assert (folder / "x.png").read_bytes() == b"an older one" and not list(folder.glob("x.png.part"))
 
 
 def test_every_option_can_stand_in_a_file(command, folder, store):

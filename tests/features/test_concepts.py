@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import SITE, random_sae
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from diffusers_sae import Directions, InputError, TopKSAE
 from diffusers_sae.demo.shipped import MODELS, SITES
@@ -257,8 +258,6 @@ def test_files_of_earlier_versions_give_the_same_scores(site, tmp_path):
 
 
 def test_a_file_whose_places_were_cut_is_refused(scores, tmp_path):
-    from safetensors.torch import save_file
-
     scores.save(tmp_path)
     path = tmp_path / "concepts.safetensors"
     with safe_open(path, "pt") as file:
@@ -321,3 +320,86 @@ def test_what_concept_activity_cannot_score(sd, sae):
     with pytest.raises(InputError, match="No prompt shows z"):
         concept_activity(sd.pipe, {SITE: sae}, LABELLED, {**groups, "z": "g"}, **CALL)
     assert calls == []
+
+
+def stored_scores(folder):
+    with safe_open(folder / "concepts.safetensors", "pt") as file:
+        return file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("groups", [], "5 concepts have 0 groups"),
+        ("groups", ["style"], "5 concepts have 1 groups"),
+        ("groups", "style", "its groups is 'style' and no list"),
+        ("groups", [1, 2, 3, 4, 5], "pass distinct names"),
+        ("concepts", [], "0 concepts have 5 groups"),
+        ("concepts", ["cat"] * 5, "pass distinct names"),
+        ("concepts", [["cat"], "a", "b", "c", "d"], "pass distinct names"),
+        ("grid", [], r"The grid of the concepts is \(\)"),
+        ("grid", [6], r"The grid of the concepts is \(6,\)"),
+        ("grid", [2.0, 3.0], "The grid of the concepts is"),
+        ("grid", [-2, -3], "The grid of the concepts is"),
+        ("grid", {"2": 3}, "and no list"),
+        ("signed", "no", "its signed is 'no'"),
+        ("n_latents", 199, "its activity has"),
+        ("n_latents", 100, "its activity has"),
+        ("n_latents", 300, "its activity has"),
+        ("n_latents", -1, "cannot be read as concept scores"),
+        ("n_latents", "200", "cannot be read as concept scores"),
+        ("n_latents", None, "cannot be read as concept scores"),
+    ],
+)
+def test_metadata_that_make_no_sense_are_refused(scores, name, value, sentence, tmp_path):
+    scores.save(tmp_path)
+    metadata, stored = stored_scores(tmp_path)
+    save_file(stored, tmp_path / "concepts.safetensors", metadata={**metadata, name: json.dumps(value)})
+    with pytest.raises(InputError, match=sentence):
+        ConceptScores.load(tmp_path)
+
+
+def test_metadata_that_are_nested_without_end_are_refused(scores, tmp_path):
+    scores.save(tmp_path)
+    metadata, stored = stored_scores(tmp_path)
+    save_file(stored, tmp_path / "concepts.safetensors", metadata={**metadata, "grid": "[" * 100_000})
+    with pytest.raises(InputError, match="cannot be read as concept scores"):
+        ConceptScores.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "sentence"),
+    [
+        ([torch.nan, 100.0], "pass finite ones"),
+        ([900.0, 900.0], "hold one twice"),
+        ([[900.0, 100.0]], "pass finite ones"),
+        ([], "pass finite ones"),
+        (900.0, "pass finite ones"),
+    ],
+)
+def test_timesteps_that_make_no_sense_are_refused(scores, timesteps, sentence, tmp_path):
+    scores.save(tmp_path)
+    metadata, stored = stored_scores(tmp_path)
+    save_file({**stored, "timesteps": torch.tensor(timesteps)}, tmp_path / "concepts.safetensors", metadata=metadata)
+    with pytest.raises(InputError, match=sentence):
+        ConceptScores.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["activity.unit", "places.unit", "effect.unit"])
+def test_scores_without_their_unit_are_refused(scores, name, tmp_path):
+    scores.save(tmp_path)
+    metadata, stored = stored_scores(tmp_path)
+    del stored[name]
+    save_file(stored, tmp_path / "concepts.safetensors", metadata=metadata)
+    with pytest.raises(InputError, match=f"it holds no {name}"):
+        ConceptScores.load(tmp_path)
+
+
+def test_scores_of_an_earlier_version_without_their_unit_are_refused(tmp_path):
+    metadata, stored = stored_scores(MODELS / "saes" / SITES[0])
+    save_file(stored, tmp_path / "concepts.safetensors", metadata=metadata)
+    assert ConceptScores.load(tmp_path).effect is not None
+    del stored["effect_unit"]
+    save_file(stored, tmp_path / "concepts.safetensors", metadata=metadata)
+    with pytest.raises(InputError, match="it holds no effect_unit"):
+        ConceptScores.load(tmp_path)

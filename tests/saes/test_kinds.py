@@ -42,6 +42,16 @@ def test_codes_and_reconstructions_equal_the_formula(kind, shape):
         np.testing.assert_allclose(kind.encode_only(x, some), z[..., some], atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8), (0, 3, 8)])
+def test_no_rows_have_no_codes(kind, shape):
+    x = torch.zeros(shape)
+    assert kind(x).shape == shape and kind.encode(x).shape == (*shape[:-1], 32)
+    code = kind.encode_sparse(x)
+    assert code.values.shape == code.indices.shape and code.indices.shape[:-1] == shape[:-1]
+    assert kind.decode_sparse(code).shape == shape
+    assert kind.encode_only(x, torch.tensor([3, 1])).shape == (*shape[:-1], 2)
+
+
 def test_rows_do_not_mix(kind):
     x = torch.randn(6, 8)
     torch.testing.assert_close(kind.encode(x)[2], kind.encode(x[2]))

@@ -167,7 +167,7 @@ def test_a_folder_that_exists_is_a_local_path_though_it_looks_like_a_repository(
     assert "some/model" not in (tmp_path / "two" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("wrong", ["labels", "no text", "statistics", "no timesteps", "figures", "a file"])
+@pytest.mark.parametrize("wrong", ["labels", "no text", "statistics", "no timesteps", "figures", "no dict", "a file"])
 def test_a_save_that_is_refused_changes_nothing(wrong, tmp_path):
     folder = tmp_path / "sae"
     first(folder)
@@ -180,6 +180,8 @@ def test_a_save_that_is_refused_changes_nothing(wrong, tmp_path):
         sae.labels = {3: None}
     elif wrong == "figures":
         figures = {"fvu": torch.tensor(0.1)}
+    elif wrong == "no dict":
+        figures = [0.1]
     elif wrong == "statistics":
         sae.statistics = statistics(32)
     elif wrong == "no timesteps":
@@ -193,6 +195,33 @@ def test_a_save_that_is_refused_changes_nothing(wrong, tmp_path):
     with pytest.raises(InputError):
         sae.save_pretrained(target if wrong == "a file" else tmp_path / "new", figures=figures)
     assert names(tmp_path) == ["sae"]
+
+
+BROKEN = ["{", "[]", "null", "3", '"x"', "[" * 100_000, ""]
+
+
+@pytest.mark.parametrize("name", ["held_out.json", "labels.json"])
+@pytest.mark.parametrize("content", BROKEN, ids=lambda content: content[:5])
+def test_the_same_sae_is_not_saved_over_a_broken_file_that_its_card_shows(name, content, tmp_path):
+    sae = first(tmp_path)
+    sae.labels = None
+    (tmp_path / name).write_text(content)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(InputError, match=f"{name} (cannot be read as JSON|holds no JSON object).*mend it or delete it"):
+        sae.save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    (tmp_path / name).unlink()
+    sae.save_pretrained(tmp_path)
+    assert is_equal(load_sae(tmp_path), sae)
+
+
+@pytest.mark.parametrize("content", BROKEN, ids=lambda content: content[:5])
+def test_what_is_no_config_is_that_of_another_sae(content, tmp_path):
+    first(tmp_path)
+    (tmp_path / "config.json").write_text(content)
+    second = TopKSAE(16, 8, 2)
+    second.save_pretrained(tmp_path)
+    assert is_equal(load_sae(tmp_path), second) and names(tmp_path) == PLAIN
 
 
 @pytest.mark.parametrize("name", ["README.md", "config.json", "labels.json", "checksums.json"])

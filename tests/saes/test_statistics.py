@@ -1,10 +1,12 @@
 """Statistics per timestep against their definition."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import random_sae
 
-from diffusers_sae import Directions, InputError, LatentStatistics, TopKSAE
+from diffusers_sae import Directions, InputError, LatentStatistics, TopKSAE, load_sae
 from diffusers_sae.saes import SparseCode, StatisticsAccumulator
 
 
@@ -78,3 +80,32 @@ def test_accumulated_in_parts_equals_dense_definition(tmp_path):
     assert torch.equal(again.mean, statistics.mean) and torch.equal(again.timesteps, statistics.timesteps)
     assert LatentStatistics.load(tmp_path / "nothing") is None
     assert torch.equal(statistics.at(480.0).mean, statistics.mean[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "sentence"),
+    [
+        ("mean", [torch.nan, 1.0], "a mean that is not finite"),
+        ("max", [torch.inf, 1.0], "a max that is not finite"),
+        ("rate", [torch.nan, 1.0], "a rate that is not finite"),
+        ("rate", [-0.1, 1.0], "a rate outside 0 to 1"),
+        ("rate", [5.0, 1.0], "a rate outside 0 to 1"),
+        ("timesteps", [9.0, 9.0], "the same timestep twice"),
+        ("timesteps", [torch.nan, 9.0], "a timesteps that is not finite"),
+    ],
+)
+def test_statistics_that_make_no_sense_are_refused(name, values, sentence, tmp_path):
+    sae = random_sae()
+    sae.statistics = LatentStatistics(torch.tensor([9.0, 1.0]), *(torch.full((2, 32), 0.5) for _ in range(3)))
+    sae.save_pretrained(tmp_path)
+    assert load_sae(tmp_path).statistics is not None
+    column = torch.tensor(values)
+    wrong = replace(sae.statistics, **{name: column if name == "timesteps" else column[:, None].repeat(1, 32)})
+    wrong.save(tmp_path)
+    (tmp_path / "checksums.json").unlink()
+    with pytest.raises(InputError, match=f"The statistics in .* have {sentence}; measure them on this SAE again."):
+        load_sae(tmp_path)
+    sae.statistics = wrong
+    with pytest.raises(InputError, match=f"The SAE's statistics have {sentence}"):
+        sae.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
