@@ -34,7 +34,8 @@ class LatentStatistics:
     """Mean and largest activation and firing rate of every latent at every timestep, over all rows.
 
     `timesteps (T,)`, from noise to image; `mean`, `max`, `rate`, each `(T, n)` in fp32. A latent fires where it is not
-    0. Of signed codes (`Directions`, TopK without ReLU), mean and max may be below 0.
+    0. Of signed codes (`Directions`, TopK without ReLU), mean and max may be below 0. A max that is not known, as from
+    files of others, is NaN everywhere.
     """
 
     timesteps: torch.Tensor
@@ -64,7 +65,9 @@ class LatentStatistics:
                 )
             if not getattr(self, name).is_floating_point():
                 raise InputError(f"{whose} have a {name} of whole numbers; measure them on this SAE again.")
-            if not getattr(self, name).float().isfinite().all():
+            values = getattr(self, name).float()
+            is_unknown = name == "max" and bool(values.isnan().all())
+            if not is_unknown and not values.isfinite().all():
                 raise InputError(f"{whose} have a {name} that is not finite; measure them on this SAE again.")
         if len(self.timesteps.unique()) != steps:
             raise InputError(f"{whose} have the same timestep twice; measure them on this SAE again.")

@@ -86,6 +86,7 @@ def test_accumulated_in_parts_equals_dense_definition(tmp_path):
     ("name", "values", "sentence"),
     [
         ("mean", [torch.nan, 1.0], "a mean that is not finite"),
+        ("max", [torch.nan, 1.0], "a max that is not finite"),
         ("max", [torch.inf, 1.0], "a max that is not finite"),
         ("rate", [torch.nan, 1.0], "a rate that is not finite"),
         ("rate", [-0.1, 1.0], "a rate outside 0 to 1"),
@@ -109,3 +110,11 @@ def test_statistics_that_make_no_sense_are_refused(name, values, sentence, tmp_p
     with pytest.raises(InputError, match=f"The SAE's statistics have {sentence}"):
         sae.save_pretrained(tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_a_largest_activation_that_is_not_known_is_kept(tmp_path):
+    sae = random_sae()
+    unknown = torch.full((2, 32), torch.nan)
+    sae.statistics = LatentStatistics(torch.tensor([9.0, 1.0]), torch.ones(2, 32), unknown, torch.ones(2, 32))
+    sae.save_pretrained(tmp_path)
+    assert load_sae(tmp_path).statistics.max.isnan().all()
