@@ -77,7 +77,7 @@ def cut_log(file: Path, count: str, last: int) -> None:
     for line in file.read_text(errors="replace").splitlines():
         try:
             reached = json.loads(line)[count]
-        except (ValueError, TypeError, LookupError):
+        except (ValueError, TypeError, LookupError, RecursionError):
             continue
         if isinstance(reached, int) and reached <= last:
             kept.append(f"{line}\n")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from ..checksums import sha256
@@ -18,38 +20,98 @@ from ..sites import Site
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
-CONTENTS = ("site", "model", "scheduler", "prompts", "call", "config", "complete", "shards")
-OF_A_SHARD = {"file", "rows", "images", "bytes", "sha256"}
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_sha256(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
+def _is_model(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("name", 0), str | None)
+
+
+def _is_config(value: Any) -> bool:
+    branches = value.get("branches") if isinstance(value, dict) else None
+    return isinstance(branches, list) and all(isinstance(each, str) for each in branches)
+
+
+CONTENTS: dict[str, Callable[[Any], bool]] = {
+    "site": lambda value: isinstance(value, dict) and isinstance(value.get("path"), str),
+    "model": _is_model,
+    "scheduler": lambda value: isinstance(value, str | None),
+    "prompts": lambda value: isinstance(value, dict),
+    "call": lambda value: isinstance(value, dict),
+    "config": _is_config,
+    "complete": lambda value: isinstance(value, bool),
+    "shards": lambda value: isinstance(value, list) and all(isinstance(shard, dict) for shard in value),
+}
+"""What a manifest must say, and whether a value can be that."""
+OF_A_SHARD = {"rows": _is_count, "images": _is_count, "bytes": _is_count, "sha256": _is_sha256}
+
+
+def shard_name(i: int) -> str:
+    """The file of the i-th shard, counted from 0."""
+    return f"{i:06}.safetensors"
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """What a store says of itself; raises `InputError` if it says nothing, or not all that it must."""
-    file = folder / MANIFEST
+    file, remedy = folder / MANIFEST, f"delete {folder} and store the activations again"
     try:
         manifest = json.loads(file.read_text())
         schema = manifest["schema"]
     except FileNotFoundError:
         raise InputError(f"{folder} holds no store of activations; store_activations makes one.") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file} cannot be read ({error}); store the activations again.") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{file} cannot be read ({error}); {remedy}.") from None
     if schema != SCHEMA:
-        raise InputError(f"{file} has schema {schema}, and this version reads {SCHEMA}; store the activations again.")
+        raise InputError(f"{file} has schema {schema}, and this version reads {SCHEMA}; {remedy}.")
     if missing := [name for name in CONTENTS if name not in manifest]:
-        raise InputError(f"{file} does not say {', '.join(missing)}; store the activations again.")
-    shards = manifest["shards"]
-    if not isinstance(shards, list) or any(not isinstance(one, dict) or OF_A_SHARD - set(one) for one in shards):
-        raise InputError(f"{file} does not say what its shards are; store the activations again.")
+        raise InputError(f"{file} does not say {', '.join(missing)}; {remedy}.")
+    if wrong := [name for name, is_valid in CONTENTS.items() if not is_valid(manifest[name])]:
+        raise InputError(f"{file} has contents that no store has in {', '.join(wrong)}; {remedy}.")
+    for i, shard in enumerate(manifest["shards"]):
+        wrong = [name for name, is_valid in OF_A_SHARD.items() if not is_valid(shard.get(name))]
+        if shard.get("file") != shard_name(i):  # each once, in the order of the images
+            wrong.append("file")
+        if wrong:
+            raise InputError(f"{file} does not say what its shards are: of shard {i}, {', '.join(wrong)}; {remedy}.")
+    images, wanted = sum(shard["images"] for shard in manifest["shards"]), manifest["config"].get("images")
+    if manifest["complete"] and images != wanted:
+        raise InputError(f"{file} lists shards of {images} images, and the run was of {wanted}; {remedy}.")
     return manifest
 
 
 def check_shards(folder: Path, manifest: dict[str, Any], *, verify: bool = False) -> None:
     """Raise `InputError` unless all shards are there and whole; with `verify`, unless they are unaltered."""
+    remedy, widths = f"fetch the store whole, or delete {folder} and store the activations again", set()
     for shard in manifest["shards"]:
         file = folder / shard["file"]
         if not file.is_file():
-            raise InputError(f"{file} is missing; store the activations again, or fetch them whole.")
+            raise InputError(f"{file} is missing; {remedy}.")
         if file.stat().st_size != shard["bytes"] or (verify and sha256(file) != shard["sha256"]):
-            raise InputError(f"{file} is truncated or altered; store the activations again, or fetch them whole.")
+            raise InputError(f"{file} is truncated or altered; {remedy}.")
+        shape = _shape_of_rows(file)
+        if len(shape) != 2 or shape[0] != shard["rows"]:
+            raise InputError(
+                f"{file} holds rows of shape {shape}, where {MANIFEST} says that there are {shard['rows']}; {remedy}."
+            )
+        widths.add(shape[1])
+    if len(widths) > 1:
+        raise InputError(f"The shards of {folder} hold rows of different widths; {remedy}.")
+
+
+def _shape_of_rows(file: Path) -> tuple[int, ...]:
+    """Of a shard's rows, from its header; empty if it holds none."""
+    try:
+        with safe_open(file, "pt") as opened:
+            return tuple(opened.get_slice("rows").get_shape())
+    except SafetensorError:
+        return ()
 
 
 class ActivationStore:

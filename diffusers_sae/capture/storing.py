@@ -31,8 +31,9 @@ from .descriptions import (
     refuse_differences,
 )
 from .places import random_places
-from .store import MANIFEST, SCHEMA, ActivationStore, check_shards, read_manifest
+from .store import MANIFEST, SCHEMA, ActivationStore, check_shards, read_manifest, shard_name
 from .stream import STRENGTHS, StreamBatch, check_images, stream_activations
+from .text import KEEP
 from .text_rows import TextRows, check_text_sites, text_arguments
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -70,6 +71,8 @@ class StoreConfig:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise InputError(f"dtype={self.dtype!r} is none of {', '.join(DTYPES)}; choose one of them.")
+        if self.tokens not in KEEP:
+            raise InputError(f"tokens={self.tokens!r} is no choice of tokens; choose one of {', '.join(KEEP)}.")
         for name in ("images", "batch_size", "timesteps", "places"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -298,7 +301,7 @@ class _Writer:
         if (folder / MANIFEST).exists():
             old = read_manifest(folder)
             self._refuse_another(old)
-            check_shards(folder, old)
+            check_shards(folder, old, verify=True)
             self._run = {**run, "model": old["model"]}  # wherever it lies now
             self._shards, self._complete = old["shards"], old["complete"]
         elif any(entry.name != f"{MANIFEST}.part" for entry in folder.iterdir()):
@@ -340,7 +343,7 @@ class _Writer:
     def add(self, tensors: Mapping[str, torch.Tensor], images: int) -> None:
         if not self._begun:
             self._begin()
-        file = self.folder / f"{len(self._shards):06}.safetensors"
+        file = self.folder / shard_name(len(self._shards))
         shard = {key: tensor.contiguous() for key, tensor in tensors.items()}
         write_whole(file, lambda partial: save_file(shard, partial))
         self._shards.append(

@@ -19,7 +19,7 @@ def read_call(text: str) -> dict[str, Any]:
         call = json.loads(text, object_pairs_hook=_once, parse_constant=_refuse_constant)
     except InputError:
         raise
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"call={text!r} is no JSON ({error}); pass such as {EXAMPLE}.") from None
     if not isinstance(call, dict):
         raise InputError(f"call={text!r} is no JSON object of arguments; pass such as {EXAMPLE}.")

@@ -74,7 +74,10 @@ def capture(
         seed=seed,
         tokens=tokens,
     )
-    noised = {} if pictures is None else {"images": Pictures(pictures), **({"strengths": strength} if strength else {})}
+    noised: dict[str, Any] = {}
+    if pictures is not None:
+        noised = {"images": Pictures(pictures), **({"strengths": strength} if strength else {})}
+        noised["images"].check(kept.images)
     pipe = load_model(model)
     if pictures is not None:
         pipe = _image_to_image(pipe)

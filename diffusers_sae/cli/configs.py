@@ -111,7 +111,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     """What `record` wrote; raises `InputError` if it is not there or cannot be read."""
     try:
         values = json.loads((folder / RECORD).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{folder / RECORD} cannot be read ({error}); delete {folder} to begin anew.") from None
     if not isinstance(values, dict):
         raise InputError(f"{folder / RECORD} holds no record of a run; delete {folder} to begin anew.")

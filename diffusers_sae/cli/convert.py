@@ -87,6 +87,6 @@ def settings_of(settings: list[str]) -> dict[str, Any]:
             raise InputError(f"--set {setting} is not a setting; write --set name=value.")
         try:
             found[name] = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             found[name] = value
     return found

@@ -60,7 +60,7 @@ def _read_table(file: Path, text: str, column: str, delimiter: str) -> list[str]
 def _read_json(file: Path, text: str, column: str) -> list[str]:
     try:
         rows = json.loads(text) if text.strip() else []
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{file} is no JSON ({error}); write a list of prompts, or name it .jsonl.") from None
     if not isinstance(rows, list):
         raise InputError(f"{file} holds no list but {_kind_of(rows)}; write a list of strings or of objects.")
@@ -72,7 +72,7 @@ def _read_json_lines(file: Path, text: str, column: str) -> list[str]:
     for i, line in enumerate(lines_of(text)):
         try:
             rows += [json.loads(line)] if line.strip() else []
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{file} is no JSON Lines (line {i + 1}: {error}); write one object a line.") from None
     return _column_of(file, rows, column)
 

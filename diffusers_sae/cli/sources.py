@@ -33,6 +33,11 @@ class Pictures:
     def __getitem__(self, part: slice) -> list[Any]:
         return [_open_picture(file) for file in self._files[part]]
 
+    def check(self, count: int) -> None:
+        """Raise `InputError` unless each of the first `count` can be read, so that none stops a run half-way."""
+        for file in self._files[:count]:
+            _open_picture(file)
+
     def description(self, count: int) -> dict[str, Any]:
         """What the manifest of a store says of the first `count`."""
         digest = hashlib.sha256("".join(sha256(file) for file in self._files[:count]).encode())

@@ -50,6 +50,6 @@ class Ledger:
 def _parse(line: str) -> dict[str, Any] | None:
     try:
         value = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) and ("settings" in value or {"key", "result"} <= set(value)) else None

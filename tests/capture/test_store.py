@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SITE, Harness, Stop, file_limit
+from safetensors.torch import save_file
 from tiny import tiny_unet
 
 from diffusers_sae import InputError
 from diffusers_sae.capture import ActivationStore, StoreConfig, store_activations, storing
+from diffusers_sae.checksums import sha256
 from diffusers_sae.disk import hold_folder
 
 CALL = {"num_inference_steps": 3, "guidance_scale": 5.0, "height": 16, "width": 16}
@@ -206,6 +208,25 @@ def altered(folder, change):
         (folder / "manifest.json").write_text(json.dumps({"schema": 1, "complete": True, "shards": []}))
     if change == "shards":
         (folder / "manifest.json").write_text(json.dumps({**manifest, "shards": [{"file": "000000.safetensors"}]}))
+    if change == "nested":
+        (folder / "manifest.json").write_text("[" * 100_000)
+    if isinstance(change, dict):
+        (folder / "manifest.json").write_text(json.dumps({**manifest, **change}))
+    if isinstance(change, tuple):
+        i, fields = change
+        manifest["shards"][i] |= fields
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    if change in ("twice", "left out"):
+        first, *rest = manifest["shards"]
+        manifest["shards"] = [first, first, *rest] if change == "twice" else rest
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    if change == "last left out":
+        manifest["shards"].pop()
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    if change == "other tensors":
+        save_file({"row": torch.zeros(2, 3)}, shard)
+        manifest["shards"][1] |= {"bytes": shard.stat().st_size, "sha256": sha256(shard)}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
     if change == "random":
         (folder / "manifest.json").write_bytes(bytes(range(128, 256)))
     if change == "nothing":
@@ -224,6 +245,34 @@ def altered(folder, change):
         ("keys", "manifest.json does not say site, model, scheduler, prompts, call, config"),
         ("shards", "manifest.json does not say what its shards are"),
         ("random", "manifest.json cannot be read"),
+        ("nested", "manifest.json cannot be read .*; delete .* and store the activations again"),
+        ({"site": "unet.mid_block"}, "contents that no store has in site; delete"),
+        ({"model": None, "call": [], "config": {"branches": "cond"}}, "that no store has in model, call, config; del"),
+        (
+            {"model": {"name": 3}, "scheduler": 1, "prompts": None},
+            "that no store has in model, scheduler, prompts",
+        ),
+        ({"complete": "yes"}, "that no store has in complete; delete"),
+        ({"shards": {}}, "that no store has in shards; delete"),
+        ({"shards": [1]}, "that no store has in shards; delete"),
+        *(
+            (
+                (1, {"rows": rows}),
+                "does not say what its shards are: of shard 1, rows; delete .* and store the",
+            )
+            for rows in (None, "three", -1, 2.5, True)
+        ),
+        *(((2, {"file": file}), "of shard 2, file; delete") for file in (None, 3, "", "000001.safetensors", "../a")),
+        ((0, {"images": None, "bytes": "many", "sha256": 7}), "of shard 0, images, bytes, sha256; delete"),
+        (
+            (1, {"rows": 3}),
+            r"000001.safetensors holds rows of shape \(\d+, 8\), where .* there are 3; fetch",
+        ),
+        ((1, {"rows": 10**9}), "there are 1000000000; fetch"),
+        ("twice", "of shard 1, file; delete"),
+        ("left out", "of shard 0, file; delete"),
+        ("last left out", "lists shards of 4 images, and the run was of 5; delete"),
+        ("other tensors", r"holds rows of shape \(\), where"),
         ("nothing", "holds no store of activations"),
     ],
 )
@@ -233,11 +282,23 @@ def test_a_store_that_is_not_whole_is_refused(finished, tmp_path, change, senten
     with pytest.raises(InputError, match=sentence) as error:
         ActivationStore(folder)
     assert str(error.value).endswith(".")
-    if change not in ("a byte", "incomplete", "nothing"):  # nor is it gone on with
+    if change not in ("incomplete", "nothing"):  # nor is it gone on with
         shutil.copytree(finished, tmp_path / "both")
         altered(tmp_path / "both" / SITE, change)
         with pytest.raises(InputError, match=sentence):
             stored(tmp_path / "both")
+
+
+def test_a_store_that_was_refused_is_stored_again_as_it_says(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "both")
+    altered(tmp_path / "both" / SITE, "missing")
+    remedy = f"fetch the store whole, or delete {tmp_path / 'both' / SITE} and store the activations again."
+    with pytest.raises(InputError) as error:
+        stored(tmp_path / "both")
+    assert str(error.value).endswith(remedy)
+    shutil.rmtree(tmp_path / "both" / SITE)
+    stored(tmp_path / "both")
+    assert files(tmp_path / "both") == files(finished)
 
 
 @pytest.mark.parametrize("moment", [1, 4])

@@ -1,9 +1,11 @@
 """`diffusers-sae capture`, and mistakes in it: nothing is written."""
 
 import json
+import shutil
 
 import pytest
 from conftest import SITE, Harness
+from PIL import Image
 
 from diffusers_sae.capture import ActivationStore
 
@@ -65,6 +67,12 @@ def folder(model, tmp_path, monkeypatch):
         (("model", "p.txt", "--max-gb", "1e-9"), "keep fewer images"),
         (("model", "p.txt", "--branch", "neither"), "held no rows of neither"),
         (("model", "p.txt", "--tokens", "words"), "tokens='words' is of text encoders"),
+        (
+            ("model", "p.txt", "--tokens", "nope"),
+            "tokens='nope' is no choice of tokens; choose one of words, padded",
+        ),
+        (("model", "p.txt", "--site", LAYER, "--tokens", "nope"), "tokens='nope' is no choice of tokens; choose"),
+        (("model", "p.txt", "--call", "[" * 100_000), "recursion depth exceeded"),
         (("model", "p.txt", "--strength", 0.5), "--strength is of the noise that pictures get"),
         (("model", "p.txt", "--pictures", "nowhere"), "nowhere holds no pictures"),
         (("model", "p.txt", "--pictures", "pictures", "--images", 1), "0.png is no picture that can be read"),
@@ -84,6 +92,24 @@ def test_a_mistake_does_not_spoil_the_folder(command, folder):
     wrong = CALL.replace("16}", "13}")
     assert command("capture", "model", "p.txt", "--site", SITE, "--out", "store", "--call", wrong).code == 2
     assert command("capture", "model", "p.txt", "--site", SITE, "--out", "store", "--call", CALL).code == 0
+
+
+def test_a_broken_picture_is_refused_before_the_first_shard(command, folder):
+    """Mended, it does not count as another run's."""
+    for i in range(5):
+        Image.effect_noise((16, 16), 50 + i).save(folder / "pictures" / f"{i}.png")
+    third, call = folder / "pictures" / "2.png", '{"num_inference_steps": 2}'
+    whole = third.read_bytes()
+    third.write_bytes(whole[: len(whole) // 2])
+    capture = ("capture", "model", "p.txt", "--site", SITE, "--out", "store", "--pictures", "pictures")
+    capture = (*capture, "--strength", 1.0, "--batch-size", 1, "--call", call)
+    outcome = command(*capture)
+    assert outcome.code == 2 and "2.png is no picture that can be read" in outcome.err
+    assert not (folder / "store").exists()
+    assert command(*capture, "--images", 2).code == 0  # to which it does not belong
+    third.write_bytes(whole)
+    shutil.rmtree(folder / "store")
+    assert command(*capture).code == 0 and len(list((folder / "store" / SITE).glob("*.safetensors"))) == 5
 
 
 def test_text_encoders_from_prompts_to_an_sae(command, folder):

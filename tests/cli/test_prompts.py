@@ -97,6 +97,8 @@ def test_line_ends_inside_of_a_prompt_stay(tmp_path, name, text):
         ("p.json", b'"a"', "holds no list but a string"),
         ("p.json", b"[null]", "Row 1 of .*it has null"),
         ("p.json", b'[{"text": "a"}]', "it has text"),
+        ("p.json", b"[" * 100_000, "is no JSON .*recursion"),
+        ("p.jsonl", b'"a"\n' + b"[" * 100_000, r"is no JSON Lines \(line 2: .*recursion"),
         ("p.json", b"[", "is no JSON .*or name it .jsonl"),
     ],
 )
