@@ -136,7 +136,7 @@ def test_defaults_are_those_of_images():
     ("sites", "config", "call", "sentence"),
     [
         ([SITE], {"tokens": "words"}, {}, "tokens='words' is of text encoders, and no site lies in one"),
-        ([LAYER], {"tokens": "nouns"}, {}, "keep='nouns' is no choice of tokens; choose one of words, padded, all"),
+        ([LAYER], {"tokens": "nouns"}, {}, "tokens='nouns' is no choice of tokens; choose one of words, padded, all"),
         ([LAYER], {"branches": ("cond", "uncond")}, {}, "which are the branch cond, and not for cond, uncond"),
         ([LAYER, SITE], {"branches": ("uncond",)}, {}, "which are the branch cond"),
         ([LAYER], {"timesteps": 2}, {}, "timesteps would do nothing: the denoiser does not run"),
