@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from ..capture import stream_activations
+from ..disk import write_whole
 from ..errors import InputError
 from ..rules import Rule
 from ..saes import SparseAutoencoder
@@ -57,7 +58,8 @@ class ConceptDetectors:
     def save(self, folder: Path) -> None:
         """Write `detectors.safetensors` into an SAE's folder."""
         tensors = {key: getattr(self, key).contiguous() for key in ("weights", "bounds", "accuracy")}
-        save_file(tensors, folder / FILE, metadata={"concepts": json.dumps(self.concepts)})
+        metadata = {"concepts": json.dumps(self.concepts)}
+        write_whole(folder / FILE, lambda partial: save_file(tensors, partial, metadata=metadata))
 
     @classmethod
     def load(cls, folder: str | Path) -> ConceptDetectors:
@@ -65,12 +67,27 @@ class ConceptDetectors:
         path = Path(folder) / FILE
         try:
             with safe_open(path, "pt") as file:
-                concepts = tuple(json.loads(file.metadata()["concepts"]))
-                return cls(concepts, *(file.get_tensor(key) for key in ("weights", "bounds", "accuracy")))
-        except (OSError, SafetensorError, KeyError, TypeError) as error:
+                concepts = json.loads(file.metadata()["concepts"])
+                weights, bounds, accuracy = (file.get_tensor(key) for key in ("weights", "bounds", "accuracy"))
+            _check_stored(concepts, weights, bounds, accuracy)
+            return cls(tuple(concepts), weights, bounds, accuracy)
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+            reason = " ".join(str(error).split()).rstrip(".")
             raise InputError(
-                f"{path} cannot be read as concept detectors ({error}); compute or fetch them again."
+                f"{path} cannot be read as concept detectors ({reason}); compute or fetch them again."
             ) from None
+
+
+def _check_stored(concepts: Any, weights: torch.Tensor, bounds: torch.Tensor, accuracy: torch.Tensor) -> None:
+    """Raise `InputError` unless these are detectors of concepts by distinct names."""
+    if not isinstance(concepts, list) or not all(isinstance(name, str) for name in concepts):
+        raise InputError(f"its concepts are {concepts!r:.80} and no names")
+    if len(set(concepts)) < len(concepts) or weights.ndim != 2 or not weights.shape[1]:
+        raise InputError("a concept is there twice, or a detector without weights")
+    if not len(concepts) == len(weights) == len(bounds) == len(accuracy) or not bounds.ndim == accuracy.ndim == 1:
+        raise InputError("it has not as many weights, bounds and accuracies as concepts")
+    if not weights.float().isfinite().all() or bounds.float().isnan().any() or accuracy.float().isnan().any():
+        raise InputError("it has numbers that are not finite")
 
 
 @torch.no_grad()

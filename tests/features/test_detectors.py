@@ -1,9 +1,13 @@
 """Detectors tell prompts apart at the first step, and find their bounds by definition."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from conftest import SITE, random_sae
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from diffusers_sae import InputError
 from diffusers_sae.features.detectors import ConceptDetectors, _bound, _fit, concept_detectors
@@ -151,3 +155,34 @@ def test_labels_that_tell_nothing_apart(sd):
         concept_detectors(sd.pipe, {SITE: random_sae()}, [("aaaa", ["a"])] * 8, ["a"], **CALL)
     with pytest.raises(InputError, match="Too few prompts name a"):
         concept_detectors(sd.pipe, {SITE: random_sae()}, [], ["a"], **CALL)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"weights": [[torch.nan, 1.0], [0.0, 1.0]]}, "not finite"),
+        ({"bounds": [torch.nan, 1.0]}, "not finite"),
+        ({"bounds": [1.0]}, "not as many"),
+        ({"bounds": [[1.0], [1.0]]}, "not as many"),
+        ({"weights": [1.0, 2.0]}, "without weights"),
+        ({"concepts": "[]"}, "not as many"),
+        ({"concepts": '["a"]'}, "not as many"),
+        ({"concepts": '["a", "a"]'}, "twice"),
+        ({"concepts": '"ab"'}, "no names"),
+        ({"concepts": "[1, 2]"}, "no names"),
+        ({"concepts": "{"}, "cannot be read as concept detectors"),
+        ({"concepts": "[" * 100_000}, "cannot be read as concept detectors"),
+    ],
+)
+def test_files_that_make_no_sense_are_refused(change, sentence, tmp_path):
+    detectors = ConceptDetectors(("a", "b"), torch.eye(2), torch.ones(2), torch.ones(2))
+    detectors.save(tmp_path)
+    path = tmp_path / "detectors.safetensors"
+    assert ConceptDetectors.load(tmp_path).concepts == ("a", "b")
+    with safe_open(path, "pt") as file:
+        stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    metadata = {"concepts": change.get("concepts", json.dumps(["a", "b"]))}
+    stored |= {key: torch.tensor(value) for key, value in change.items() if key != "concepts"}
+    save_file(stored, path, metadata=metadata)
+    with pytest.raises(InputError, match=sentence):
+        ConceptDetectors.load(tmp_path)
