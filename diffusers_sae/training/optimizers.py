@@ -19,6 +19,11 @@ Visit = Callable[[nn.Parameter, slice], None]
 class BlockwiseAdam(torch.optim.Adam):
     """Adam that updates a block of rows at a time, so that `before` and `after` find them in the processor's cache."""
 
+    @staticmethod
+    def moments(parameter: nn.Parameter) -> dict[str, torch.Size]:
+        """The shapes of what is kept of a parameter, besides the count of its steps."""
+        return {"exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+
     @torch.no_grad()
     def update(self, before: Visit, after: Visit) -> None:
         """Make one step. `before` is called on each block ahead of its update, and may change its gradient; `after` is
@@ -63,6 +68,14 @@ class BlockwiseAdam(torch.optim.Adam):
 
 class Adafactor(torch.optim.Adafactor):
     """torch's, with the face of `BlockwiseAdam`; its factored moments need whole parameters."""
+
+    @staticmethod
+    def moments(parameter: nn.Parameter) -> dict[str, torch.Size]:
+        """The shapes of what is kept of a parameter, besides the count of its steps."""
+        shape = parameter.shape
+        if len(shape) < 2:
+            return {"variance": shape}
+        return {"row_var": torch.Size((*shape[:-1], 1)), "col_var": torch.Size((*shape[:-2], 1, shape[-1]))}
 
     @torch.no_grad()
     def update(self, before: Visit, after: Visit) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import sys
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -15,7 +17,7 @@ from ..capture.descriptions import describe_sae, refuse_differences
 from ..errors import InputError
 from ..saes import JumpReLUSAE, SparseAutoencoder
 from ..saes.ops import row_dots
-from .checkpoints import DELETE, check_contents, check_tensors
+from .checkpoints import DELETE, check_contents, check_number, check_plain, check_tensors
 from .config import TrainingConfig
 from .losses import aux_k_loss, has_spread
 from .objectives import objective, trainable
@@ -24,6 +26,8 @@ from .precision import DTYPES
 from .resampling import resample
 
 log = logging.getLogger(__name__)
+SMALLEST = sys.float_info.min
+"""The least scale: above 0."""
 
 
 def geometric_median(x: torch.Tensor, iterations: int = 100, tolerance: float = 1e-6) -> torch.Tensor:
@@ -266,8 +270,10 @@ class SAETrainer:
         own = self.state_dict()
         check_contents(state, [name for name in own if name != "description"], "The checkpoint")
         check_contents(state["config"], ("steps",), "The checkpoint's config")
+        for name in ("config", "description"):
+            check_plain(state.get(name), name)
         config = self.config
-        if self._asked.precision == "auto" and state["config"].get("precision") in DTYPES:
+        if self._asked.precision == "auto" and state["config"].get("precision") in list(DTYPES):
             config = replace(config, precision=state["config"]["precision"])
         here = {"sae": own["description"], "training": asdict(config)}
         if "description" not in state:
@@ -286,14 +292,48 @@ class SAETrainer:
 
     def _check_tensors(self, state: dict[str, Any]) -> None:
         """Raise `InputError` unless a state has the tensors that it must have."""
-        check_tensors("weights", state["sae"], self.sae.state_dict())
-        check_tensors("count", state, {"rows_since_fired": self.rows_since_fired})
         parameters = list(self.sae.parameters())
-        check_contents(state["optimizer"], ("state", "param_groups"), "The checkpoint's optimizer")
-        for i, moments in state["optimizer"]["state"].items():
-            for name in {"exp_avg", "exp_avg_sq"} & set(moments):
-                check_tensors(f"moment {i}", moments, {name: parameters[i]})
+        check_number("scale", state["scale"], float, SMALLEST, math.inf)
+        check_number("step_count", state["step_count"], int, 0, math.inf)
+        check_tensors("weights", state["sae"], self.sae.state_dict())
+        check_tensors("count", state, {"rows_since_fired": self.rows_since_fired}, least=0)
+        self._check_moments(state["optimizer"], state["step_count"], parameters)
         if self.average:
-            check_contents(state["average"], ("shadow_params",), "The checkpoint's average")
-            shadows = dict(enumerate(state["average"]["shadow_params"]))
-            check_tensors("average", shadows, dict(enumerate(parameters)))
+            self._check_average(state["average"], parameters)
+
+    def _check_moments(self, state: Any, steps: int, parameters: list[nn.Parameter]) -> None:
+        check_contents(state, ("state", "param_groups"), "The checkpoint's optimizer")
+        own = [{**group, "lr": 0} for group in self.optimizer.state_dict()["param_groups"]]
+        check_plain(state["param_groups"], "param_groups")
+        groups = state["param_groups"]
+        if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+            raise InputError(f"The checkpoint's optimizer has no groups of parameters, so it is damaged; {DELETE}.")
+        there = [{**group, "lr": 0} for group in groups]
+        refuse_differences(dict(enumerate(there)), dict(enumerate(own)), "The checkpoint", "the checkpoint", DELETE)
+        moments = state["state"]
+        decoder = next(i for i, parameter in enumerate(parameters) if parameter is self.sae.W_dec)
+        if not isinstance(moments, dict):
+            raise InputError(f"The checkpoint's optimizer has no moments, so it is damaged; {DELETE}.")
+        check_contents(moments, [decoder] if steps else [], "The checkpoint's optimizer")  # which every step updates
+        for i, kept in moments.items():
+            if type(i) is not int or not 0 <= i < len(parameters):
+                raise InputError(f"The checkpoint has moments of no parameter, {i!r}, so it is damaged; {DELETE}.")
+            check_tensors(f"moment {i}", kept, {"step": torch.empty(())}, least=1)
+            for name, shape in self.optimizer.moments(parameters[i]).items():  # the others are mean squares
+                least = -math.inf if name == "exp_avg" else 0
+                check_tensors(f"moment {i}", kept, {name: parameters[i].new_empty(shape, device="meta")}, least)
+        if steps:
+            check_number("step_count", steps, int, *2 * [float(moments[decoder]["step"])])
+
+    def _check_average(self, state: Any, parameters: list[nn.Parameter]) -> None:
+        assert self.average is not None
+        own = self.average.state_dict()
+        check_contents(state, list(own), "The checkpoint's average")
+        shadows = state["shadow_params"]
+        like = dict(enumerate(parameters))
+        check_tensors("average", dict(enumerate(shadows)) if isinstance(shadows, list) else None, like)
+        check_number("average.optimization_step", state["optimization_step"], int, 0, math.inf)
+        varying = ("shadow_params", "optimization_step")
+        here, there = ({name: of[name] for name in own if name not in varying} for of in (own, state))
+        check_plain(there, "average")
+        refuse_differences({"average": there}, {"average": here}, "The checkpoint", "the checkpoint", DELETE)

@@ -187,6 +187,14 @@ def damaged(state, change):
         state["config"] = None
     if change == "no average":
         state["average"] = None
+    if isinstance(change, dict):
+        return {**state, **change}
+    if isinstance(change, tuple):
+        *path, last, value = change
+        inner = state
+        for name in path:
+            inner = inner[name]
+        inner[last] = value
     if change == "older":
         del state["description"]
     if change == "foreign":
@@ -204,9 +212,35 @@ def damaged(state, change):
         ("no optimizer", "The checkpoint's optimizer has no state, param_groups"),
         ("cut counts", r"has no count rows_since_fired of shape \(64,\)"),
         ("no config", "The checkpoint's config has no steps"),
-        ("no average", "The checkpoint's average has no shadow_params"),
+        ("no average", "The checkpoint's average has no decay, .*shadow_params"),
         ("older", "is of an older version and does not say of which SAE; delete it"),
         ("foreign", "The checkpoint has no sae, optimizer"),
+        *(({"scale": scale}, "scale is .*damaged; delete") for scale in (-1.0, 0.0, float("nan"), "1", None, 1)),
+        *(({"step_count": steps}, "step_count is .*damaged; delete") for steps in (-1, 41, 1.0, True, None, "1")),
+        ({"sae": 3}, "has no weights W_dec"),
+        ({"rows_since_fired": torch.zeros(64)}, "rows_since_fired is of torch.float32 and not of torch.int64"),
+        ({"rows_since_fired": -torch.ones(64, dtype=torch.long)}, "rows_since_fired holds numbers that it cannot"),
+        ({"config": {"steps": torch.ones(2)}}, "config.steps is a Tensor, so the checkpoint is damaged"),
+        ({"description": torch.ones(2)}, "description is a Tensor"),
+        (("config", "precision", ["float32"]), "training.precision is"),
+        (
+            ("sae", "W_enc", torch.zeros(64, 32, dtype=torch.int8)),
+            "weights W_enc is of torch.int8 and not",
+        ),
+        (("sae", "W_enc", torch.full((64, 32), torch.nan)), "weights W_enc holds numbers that it cannot have"),
+        (("optimizer", "state", {}), "The checkpoint's optimizer has no 0"),
+        (("optimizer", "state", 3), "The checkpoint's optimizer has no moments"),
+        (("optimizer", "state", 9, {}), "has moments of no parameter, 9"),
+        (("optimizer", "state", 0, None), r"has no moment 0 step of shape \(\)"),
+        (("optimizer", "state", 0, "step", torch.tensor(0.0)), "moment 0 step holds numbers that it cannot have"),
+        (("optimizer", "state", 1, "exp_avg_sq", "none"), "has no moment 1 exp_avg_sq"),
+        (("optimizer", "state", 0, "exp_avg_sq", -torch.ones(64, 32)), "moment 0 exp_avg_sq holds numbers"),
+        (("optimizer", "param_groups", None), "has no groups of parameters"),
+        (("optimizer", "param_groups", 0, "betas", (2.0, 0.9)), "0.betas is"),
+        (("average", "shadow_params", 3), "has no average 0 of shape"),
+        (("average", "shadow_params", 1, torch.full((32,), torch.nan)), "average|has no average 1"),
+        (("average", "decay", 2.0), "average.decay is 2.0 in the checkpoint and 0.9 here"),
+        (("average", "optimization_step", "x"), "average.optimization_step is a str"),
     ],
 )
 def test_a_damaged_state_is_refused_and_changes_nothing(change, sentence):
