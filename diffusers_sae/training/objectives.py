@@ -82,7 +82,7 @@ def _topk(
 ) -> Objective:
     W_enc, b_enc, W_dec = (at_least_fp32(p) for p in (sae.W_enc, sae.b_enc, sae.W_dec))
     values, indices, x_hat = topk_reconstruct(
-        x, W_enc, b_enc, W_dec, sae.b_dec, sae.k, search_dtype=search_dtype, relu=sae.relu
+        sae.normalized(x), W_enc, b_enc, W_dec, sae.b_dec, sae.k, search_dtype=search_dtype, relu=sae.relu
     )
     fvu = fvu_of(x, x_hat, weights)
     return Objective(fvu, x_hat, fvu, _fired_of(values, indices, sae.n_latents))

@@ -65,7 +65,7 @@ def test_codes_are_exact_whether_an_sae_is_fresh_loaded_or_training(tmp_path, mo
 
 
 def test_a_precision_is_recorded_and_changes_only_which_latents_are_chosen():
-    rows = torch.randn(512, 16)
+    rows = torch.randn(512, 16, generator=torch.Generator().manual_seed(0))
     trainers = {}
     for precision in PRECISIONS:
         torch.manual_seed(0)
@@ -74,7 +74,7 @@ def test_a_precision_is_recorded_and_changes_only_which_latents_are_chosen():
     assert {p: trainer.state_dict()["config"]["precision"] for p, trainer in trainers.items()} == dict(
         zip(PRECISIONS, PRECISIONS, strict=True)
     )
-    assert fvu["bfloat16"] == pytest.approx(fvu["float32"], rel=1e-3)
+    assert fvu["bfloat16"] == pytest.approx(fvu["float32"], rel=1e-2)
     for trainer in trainers.values():
         assert {p.dtype for p in trainer.sae.parameters()} == {torch.float32}
         moments = [v for state in trainer.optimizer.state.values() for v in state.values() if v.ndim]
