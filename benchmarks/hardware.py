@@ -12,7 +12,7 @@ import torch
 from diffusers_sae.training.precision import resolve_precision
 
 
-def hardware(device: str = "cpu") -> dict[str, Any]:
+def hardware() -> dict[str, Any]:
     """Name, cores, instruction set, bfloat16 units, precision and versions, as results files state them."""
     return {
         "processor": processor(),
@@ -20,8 +20,7 @@ def hardware(device: str = "cpu") -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "bfloat16_units": torch.cpu._is_avx512_bf16_supported(),
-        **({"card": torch.cuda.get_device_name(device)} if device != "cpu" else {}),
-        "precision": resolve_precision("auto", device),
+        "precision": resolve_precision(),
         "torch": torch.__version__,
     }
 

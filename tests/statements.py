@@ -182,9 +182,9 @@ def of_training() -> list[str]:
         *table,
         "give the same codes and reconstructions to 2e-5",
         "Three quarters of our step are the encoder's product",
-        f"we train on {rate['diffusers_sae']:,.0f} rows a second, sparsify on {rate['sparsify']:,.0f}, and the product "
-        "is two thirds of our step",
-        f"at its best rate, {number(sooner, 1)} times sooner (d = 256)",
+        f"ours trains on {rate['diffusers_sae']:,.0f} rows per second and sparsify on {rate['sparsify']:,.0f}, and the "
+        "product takes two thirds of the step",
+        f"any peer at its best rate is reached {number(sooner, 1)} times sooner (d = 256)",
         "ours has dictionary_learning's FVU after half of the rows and sparsify's after a quarter",
         f"is {number(best['adafactor'], 3)} then beside {number(best['adam'], 3)}, each at the best of five rates",
         f"train in {number(wide['memory']['adafactor']['train']['peak_gib'], 1)} GiB in all (`--optimizer "

@@ -181,14 +181,15 @@ class SAETrainer:
         dots = row_dots(decoder, decoder.grad)
         along = dots if self.step_count else dots / torch.linalg.vector_norm(decoder, dim=-1).square()  # 1 after a step
         squares = torch.stack([torch.linalg.vector_norm(grad) for grad in grads]).square().sum() - along @ dots
-        shrink = min(1.0, self.config.clip / (float(squares.clamp(min=0).sqrt()) + 1e-6))
+        shrink = (self.config.clip / (squares.clamp(min=0).sqrt() + 1e-6)).clamp(max=1)
+        shrinks = self.device.type != "cpu" or bool(shrink < 1)  # elsewhere to ask would wait for the device
 
         def before(parameter: nn.Parameter, rows: slice) -> None:
             assert parameter.grad is not None
             grad = parameter.grad[rows]
             if parameter is decoder:
                 grad.addcmul_(parameter[rows], along[rows, None], value=-1)
-            if shrink < 1:
+            if shrinks:
                 grad.mul_(shrink)
 
         def after(parameter: nn.Parameter, rows: slice) -> None:

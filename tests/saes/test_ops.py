@@ -151,7 +151,8 @@ def test_a_search_in_bfloat16_gives_exact_values_and_misses_little():
     generator = torch.Generator().manual_seed(0)
     x, W = torch.randn(200, 64, generator=generator), torch.randn(3000, 64, generator=generator)
     b, b_dec = torch.randn(3000, generator=generator), torch.randn(64, generator=generator)
-    values, indices = topk_encode(x, W, b, b_dec, 16, search_dtype=torch.bfloat16)
+    values, indices, x_hat = topk_reconstruct(x, W, b, W, b_dec, 16, search_dtype=torch.bfloat16)
+    torch.testing.assert_close(x_hat, sparse_decode(values, indices, W, b_dec))
     pre = ((x - b_dec) @ W.T + b).relu()
     torch.testing.assert_close(values, pre.gather(1, indices))
     kth = pre.topk(16).values[:, -1:]

@@ -31,17 +31,14 @@ def topk_encode(
     b_dec: torch.Tensor,
     k: int,
     *,
-    search_dtype: torch.dtype = torch.float32,
     relu: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Values and indices, both `(N, k)`, of the k largest of `ReLU(W_enc (x - b_dec) + b_enc)`, for `x (N, d)`;
     without the ReLU if not `relu`.
 
-    The dense pre-activations `(N, n)` are not kept for the backward pass, and made for a few rows at a time. With a
-    `search_dtype` of bfloat16 the latents are chosen by a product in that dtype and their values are then computed in
-    the dtype of `x`: it may choose a latent that is nearly as large as the k-th in place of that, and no more.
+    The dense pre-activations `(N, n)` are not kept for the backward pass, and made for a few rows at a time.
     """
-    values, places = _topk_values(x, W_enc, b_enc, b_dec, k, search_dtype, relu)
+    values, places = _topk_values(x, W_enc, b_enc, b_dec, k, torch.float32, relu)
     return values, places.indices.view_as(values)
 
 
@@ -56,9 +53,11 @@ def topk_reconstruct(
     search_dtype: torch.dtype = torch.float32,
     relu: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The values and indices of `topk_encode` and, for the same latents, `sparse_decode`, `(N, d)`.
+    """The values and indices of `topk_encode` and their `sparse_decode`, `(N, d)`, for training.
 
-    The entries are put in order once for both, which is what training takes it for.
+    The entries are put in order once for all gradients. With a `search_dtype` of bfloat16 the latents are chosen by a
+    product in that dtype and their values are then computed in the dtype of `x`: it may choose a latent that is nearly
+    as large as the k-th in place of that, and no more.
     """
     values, places = _topk_values(x, W_enc, b_enc, b_dec, k, search_dtype, relu)
     x_hat = _RaggedDecode.apply(values.flatten(), places, W_dec) + b_dec
