@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -14,12 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from ..activations import SiteActivations
-from ..checksums import sha256
-from ..disk import hold_folder, write_whole
+from ..disk import hold_folder
 from ..errors import InputError
 from ..sites import LAYOUTS, Site
 from .descriptions import (
@@ -28,16 +24,15 @@ from .descriptions import (
     describe_call,
     describe_pipeline,
     describe_prompts,
-    refuse_differences,
 )
 from .places import random_places
-from .store import MANIFEST, SCHEMA, ActivationStore, check_shards, read_manifest, shard_name
+from .store import SCHEMA, ActivationStore
+from .store_writer import StoreWriter
 from .stream import STRENGTHS, StreamBatch, check_images, stream_activations
 from .text import KEEP
 from .text_rows import TextRows, check_text_sites, text_arguments
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-SHARD = re.compile(r"\d{6}\.safetensors(\.part)?")
 log = logging.getLogger(__name__)
 
 
@@ -119,7 +114,7 @@ def store_activations(
         writers = []
         for plan in plans:
             runs = {at.path: _describe(pipe, pipeline, at, wanted, config, plan.call) for at in plan.sites}
-            writers.append({path: _Writer(Path(folder) / path, run) for path, run in runs.items()})
+            writers.append({path: StoreWriter(Path(folder) / path, run) for path, run in runs.items()})
         for plan, own in zip(plans, writers, strict=True):
             _fill(Path(folder), own, plan.batches, config.images, left)
             left = None if left is None else left - sum(writer.bytes for writer in own.values())
@@ -140,7 +135,7 @@ _Batch = tuple[int, int, dict[str, dict[str, torch.Tensor]]]
 
 def _fill(
     folder: Path,
-    writers: Mapping[str, _Writer],
+    writers: Mapping[str, StoreWriter],
     batches: Callable[[int], Iterator[_Batch]],
     images: int,
     max_bytes: int | None,
@@ -289,84 +284,3 @@ def _check_budget(
             f"{left} images take {needed:,} bytes in {folder} and {allowed:,} {limit}; keep fewer images, timesteps or "
             "places, or choose another disk."
         )
-
-
-class _Writer:
-    """One site's folder: shards that were written whole, in the order of the images. Nothing is written before one."""
-
-    def __init__(self, folder: Path, run: dict[str, Any]) -> None:
-        self.folder, self._run = folder, run
-        self._shards: list[dict[str, Any]] = []
-        self._begun = self._complete = False
-        if (folder / MANIFEST).exists():
-            old = read_manifest(folder)
-            self._refuse_another(old)
-            check_shards(folder, old, verify=True)
-            self._run = {**run, "model": old["model"]}  # wherever it lies now
-            self._shards, self._complete = old["shards"], old["complete"]
-        elif any(entry.name != f"{MANIFEST}.part" for entry in folder.iterdir()):
-            raise InputError(f"{folder} is not empty and holds no store; choose another folder.")
-
-    def _refuse_another(self, old: Mapping[str, Any]) -> None:
-        """Raise `InputError` if the manifest is another run's."""
-        if not isinstance(old["model"], dict) or "pipeline" not in old["model"]:
-            raise InputError(
-                f"{self.folder} holds activations that an older version of diffusers_sae stored, without what their "
-                "run consisted of; choose another folder, or delete it."
-            )
-        there, here = ({**run, "model": {**run["model"], "name": None}} for run in (old, self._run))
-        there = {name: value for name, value in there.items() if name not in ("complete", "shards")}
-        refuse_differences(there, here, str(self.folder), "the store", "choose another folder, or delete it")
-
-    def _begin(self) -> None:
-        """Write the manifest, and remove what a run left that stopped between a shard and the manifest."""
-        self._begun = True
-        self._write_manifest(complete=False)
-        known = {shard["file"] for shard in self._shards}
-        for stray in self.folder.iterdir():
-            if SHARD.fullmatch(stray.name) and stray.name not in known:
-                stray.unlink()
-
-    @property
-    def images(self) -> int:
-        """Images whose rows are all on disk."""
-        return sum(shard["images"] for shard in self._shards)
-
-    @property
-    def rows(self) -> int:
-        return sum(shard["rows"] for shard in self._shards)
-
-    @property
-    def bytes(self) -> int:
-        return sum(shard["bytes"] for shard in self._shards)
-
-    def add(self, tensors: Mapping[str, torch.Tensor], images: int) -> None:
-        if not self._begun:
-            self._begin()
-        file = self.folder / shard_name(len(self._shards))
-        shard = {key: tensor.contiguous() for key, tensor in tensors.items()}
-        write_whole(file, lambda partial: save_file(shard, partial))
-        self._shards.append(
-            {
-                "file": file.name,
-                "rows": len(tensors["rows"]),
-                "images": images,
-                "bytes": file.stat().st_size,
-                "sha256": sha256(file),
-            }
-        )
-        self._write_manifest(complete=False)
-
-    def discard(self) -> None:
-        """Remove a store without rows, so that its folder can be filled otherwise."""
-        for shard in self._shards:
-            (self.folder / shard["file"]).unlink()
-        (self.folder / MANIFEST).unlink(missing_ok=True)
-
-    def finish(self) -> None:
-        if not self._complete:
-            self._write_manifest(complete=True)
-
-    def _write_manifest(self, complete: bool) -> None:
-        text = json.dumps({**self._run, "complete": complete, "shards": self._shards}, indent=1) + "\n"
-        write_whole(self.folder / MANIFEST, lambda partial: partial.write_text(text))

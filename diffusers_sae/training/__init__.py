@@ -4,7 +4,8 @@ from .config import TrainingConfig
 from .from_rows import train_on_rows
 from .from_store import train_on_store
 from .scales import SCALES, sizes_for
-from .streaming import StreamedSAE, StreamingConfig, train_on_stream
+from .streaming import StreamedSAE, train_on_stream
+from .streaming_config import StreamingConfig
 from .trainer import SAETrainer
 
 __all__ = [

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from tiny import tiny_unet
 
 from diffusers_sae import InputError
-from diffusers_sae.capture import ActivationStore, StoreConfig, store_activations, storing
+from diffusers_sae.capture import ActivationStore, StoreConfig, store_activations, store_writer
 from diffusers_sae.checksums import sha256
 from diffusers_sae.disk import hold_folder
 
@@ -92,7 +92,7 @@ def test_a_run_that_is_stopped_at_any_moment_ends_with_the_same_bytes(finished, 
 
         return work
 
-    for owner, name in ((os, "fsync"), (Path, "rename"), (Path, "unlink"), (storing, "save_file")):
+    for owner, name in ((os, "fsync"), (Path, "rename"), (Path, "unlink"), (store_writer, "save_file")):
         monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
     stops = 0
     for moment in range(1, 1000, 3):
@@ -304,7 +304,7 @@ def test_a_store_that_was_refused_is_stored_again_as_it_says(finished, tmp_path)
 @pytest.mark.parametrize("moment", [1, 4])
 def test_a_full_disk_stops_the_run_which_then_goes_on(finished, tmp_path, monkeypatch, moment):
     """The limit stands in for the disk's: the system refuses the file once it has written some of it."""
-    save, calls = storing.save_file, []
+    save, calls = store_writer.save_file, []
 
     def full(tensors, path):
         calls.append(path)
@@ -313,10 +313,10 @@ def test_a_full_disk_stops_the_run_which_then_goes_on(finished, tmp_path, monkey
         with file_limit(1000):
             return save(tensors, path)
 
-    monkeypatch.setattr(storing, "save_file", full)
+    monkeypatch.setattr(store_writer, "save_file", full)
     with pytest.raises(InputError, match=r"00000\d.safetensors cannot be written \(File too large\); make room"):
         stored(tmp_path)
-    monkeypatch.setattr(storing, "save_file", save)
+    monkeypatch.setattr(store_writer, "save_file", save)
     assert not list(tmp_path.rglob("*.part"))
     stored(tmp_path)
     assert files(tmp_path) == files(finished)
@@ -350,7 +350,7 @@ def test_what_is_refused_leaves_nothing_and_can_be_stored_after_a_change(finishe
 
 
 def test_a_half_finished_store_is_left_as_it_is_by_what_is_refused(finished, tmp_path, monkeypatch):
-    save, calls = storing.save_file, []
+    save, calls = store_writer.save_file, []
 
     def stopping(*arguments):
         calls.append(arguments)
@@ -358,7 +358,7 @@ def test_a_half_finished_store_is_left_as_it_is_by_what_is_refused(finished, tmp
             raise Stop
         save(*arguments)
 
-    monkeypatch.setattr(storing, "save_file", stopping)
+    monkeypatch.setattr(store_writer, "save_file", stopping)
     with pytest.raises(Stop):
         stored(tmp_path)
     before = files(tmp_path)

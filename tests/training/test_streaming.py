@@ -14,7 +14,8 @@ from diffusers_sae.disk import hold_folder
 from diffusers_sae.saes import ReLUSAE
 from diffusers_sae.training import SAETrainer, StreamedSAE, StreamingConfig, TrainingConfig, train_on_stream
 from diffusers_sae.training.losses import fraction_of_variance_unexplained
-from diffusers_sae.training.streaming import _first_steps, _Run, _Site, timestep_weights
+from diffusers_sae.training.site_training import SAERun, SiteTraining, timestep_weights
+from diffusers_sae.training.streaming import _first_steps
 
 CALL = {"num_inference_steps": 3, "guidance_scale": 5.0, "height": 16, "width": 16}
 SITES = (SITE, "unet.mid_block")
@@ -106,8 +107,8 @@ def test_further_first_steps_share_the_weight_of_their_timestep(tmp_path):
     rows, more = torch.randn(3, 4, 16, 8) * torch.tensor([3.0, 1.0, 0.5])[:, None, None, None], torch.randn(1, 8, 16, 8)
     weights = {}
     for further in (rows[:0], more):
-        one = _Run(tmp_path / "log.jsonl", lambda d: TopKSAE(d, 32, 4), {}, False)
-        site = _Site(SITE, {SITE: one}, CONFIG)
+        one = SAERun(tmp_path / "log.jsonl", lambda d: TopKSAE(d, 32, 4), {}, False)
+        site = SiteTraining(SITE, {SITE: one}, CONFIG)
         site.feed(rows, further)
         x, weight = site._buffer.rows[:, :-1], site._buffer.rows[:, -1]
         first = torch.cat([rows[0].flatten(0, 1), further.flatten(0, 2)])
@@ -292,8 +293,8 @@ def test_a_batch_larger_than_the_buffer_is_fed_in_parts_that_hold_every_timestep
     config = replace(CONFIG, images=images, batch_size=images, rows=32, reuse=1.0, buffer=64, balance=False)
     rows = torch.arange(5 * images * 16.0).view(5, images, 16, 1).expand(-1, -1, -1, 8) + torch.rand(8)
     more = 1e4 + torch.arange(2 * 16.0).view(1, 2, 16, 1).expand(-1, -1, -1, 8)
-    run = _Run(None, lambda d: TopKSAE(d, 32, 4), {}, False)
-    site, parts = _Site(SITE, {SITE: run}, config), []
+    run = SAERun(None, lambda d: TopKSAE(d, 32, 4), {}, False)
+    site, parts = SiteTraining(SITE, {SITE: run}, config), []
     add = ShuffleBuffer.add
 
     def watching(self, part):
@@ -360,15 +361,17 @@ def test_settings_of_training_are_checked_before_anything_is_generated(tmp_path,
 
 
 def test_too_few_rows_for_a_step_are_refused():
-    site = _Site(SITE, {SITE: _Run(None, lambda d: TopKSAE(d, 32, 4), {}, False)}, replace(CONFIG, images=1, reuse=1.0))
+    site = SiteTraining(
+        SITE, {SITE: SAERun(None, lambda d: TopKSAE(d, 32, 4), {}, False)}, replace(CONFIG, images=1, reuse=1.0)
+    )
     with pytest.raises(InputError, match="images=1 give 48 rows of .*, too few for a step of rows=128"):
         site.feed(torch.randn(3, 1, 16, 8), torch.randn(3, 1, 16, 8)[:0])
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_rows_that_are_not_finite_are_refused_by_their_step(bad):
-    run = _Run(None, lambda d: TopKSAE(d, 32, 4), {}, False)
-    site, rows = _Site(SITE, {SITE: run}, CONFIG), torch.randn(3, 4, 16, 8)
+    run = SAERun(None, lambda d: TopKSAE(d, 32, 4), {}, False)
+    site, rows = SiteTraining(SITE, {SITE: run}, CONFIG), torch.randn(3, 4, 16, 8)
     site.feed(rows, rows[:0])
     before = copy.deepcopy(run.trainer.state_dict()["sae"])
     rows[2, 1, 3, 4] = bad
@@ -384,8 +387,8 @@ def test_timesteps_without_spread_weigh_one_and_do_not_break_a_run():
     assert weights[1] == 1
     torch.testing.assert_close(weights[[0, 2, 3]], variance.mean() / variance)
     assert timestep_weights(rows[:, :1, :1]).flatten().tolist() == [1, 1, 1, 1]  # one row per timestep
-    run = _Run(None, lambda d: TopKSAE(d, 32, 4), {}, False)
-    site = _Site(SITE, {SITE: run}, replace(CONFIG, emphasis=1.0, reuse=1.0))
+    run = SAERun(None, lambda d: TopKSAE(d, 32, 4), {}, False)
+    site = SiteTraining(SITE, {SITE: run}, replace(CONFIG, emphasis=1.0, reuse=1.0))
     for _ in range(3):
         site.feed(rows, rows[:0])
     assert 0 < run.figures["fvu"] < 100 and site._hardness.isfinite().all()
