@@ -49,6 +49,22 @@ PLANS: dict[str, dict[str, Any]] = {
 """Arguments of `steer` by name; ten features on the cond branch, all steps and one image, unless they say otherwise."""
 
 
+def steerable(unet: UNet2DConditionModel) -> Any:
+    """A steerable Stable Diffusion pipeline of a U-Net alone: from prompt embeddings to latents."""
+    pipe = StableDiffusionPipeline(
+        vae=None,
+        text_encoder=None,
+        tokenizer=None,
+        unet=unet,
+        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return SAESteeringPipeline.from_pipe(pipe)
+
+
 def pipeline(own_timesteps: bool) -> Any:
     """A small U-Net in fp16; the timesteps that it is given may be tensors of their own, and not the scheduler's."""
     torch.manual_seed(0)
@@ -65,18 +81,7 @@ def pipeline(own_timesteps: bool) -> Any:
     unet = unet.half().eval().requires_grad_(False)
     if own_timesteps:
         unet.register_forward_pre_hook(lambda module, args: (args[0], args[1].clone(), *args[2:]))
-    pipe = StableDiffusionPipeline(
-        vae=None,
-        text_encoder=None,
-        tokenizer=None,
-        unet=unet,
-        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return SAESteeringPipeline.from_pipe(pipe)
+    return steerable(unet)
 
 
 @torch.no_grad()

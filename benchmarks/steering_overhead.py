@@ -28,11 +28,11 @@ from typing import Any
 
 import torch
 from arguments import parse
-from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
-from steering_kernels import kernels, pipeline
+from steering_kernels import kernels, pipeline, steerable
 
-from diffusers_sae import SAESteeringPipeline, TopKSAE
+from diffusers_sae import TopKSAE
 from diffusers_sae.context import Context
 from diffusers_sae.edits import make_edit
 from diffusers_sae.hooks import LoadedSAE, SAEProcessor
@@ -116,18 +116,7 @@ def sd15_size(dtype: torch.dtype, device: str, smoke: bool = False) -> Any:
     with torch.device(device):
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, **(SMOKE_UNET if smoke else {}))
     unet = unet.to(dtype).eval().requires_grad_(False)
-    pipe = StableDiffusionPipeline(
-        vae=None,
-        text_encoder=None,
-        tokenizer=None,
-        unet=unet,
-        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return SAESteeringPipeline.from_pipe(pipe)
+    return steerable(unet)
 
 
 def sd15_call(dtype: torch.dtype, device: str, steps: int, side: int = 512) -> dict[str, Any]:
