@@ -1,8 +1,10 @@
 """The command line: what it does with mistakes."""
 
+import itertools
 import json
 import sys
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -186,11 +188,14 @@ def activations(tmp_path_factory):
 @pytest.mark.parametrize("kind", ["topk", "batchtopk", "matryoshka", "relu", "jumprelu", "gated"])
 @pytest.mark.parametrize("scale", ["1s", "10s"])
 def test_presets_train_every_kind(monkeypatch, capsys, activations, tmp_path, kind, scale):
+    ticks = itertools.count(step=1 / 40)  # a step takes 1/40 s, so that a slow machine trains as long as a fast one
+    monkeypatch.setattr("diffusers_sae.training.scales.time", SimpleNamespace(perf_counter=lambda: next(ticks)))
     command = ("train", activations, "--out", tmp_path / "sae", "--kind", kind, "--scale", scale, "--sparsity", 3)
     told = done(monkeypatch, capsys, *command)
     record = json.loads((tmp_path / "sae" / "training" / "run.json").read_text())
     width = TopKSAE.load_config(tmp_path / "sae")["d_in"]
-    assert record["latents"] == {"1s": 1, "10s": 2}[scale] * width and record["training"]["steps"] >= 50
+    steps, expansion = {"1s": (50, 1), "10s": (400, 2)}[scale]
+    assert record["latents"] == expansion * width and record["training"]["steps"] == steps
     figures = json.loads((tmp_path / "sae" / "held_out.json").read_text())
     assert figures["fvu"] < 0.9 and figures["l0"] < 0.75 * record["latents"]
     assert done(monkeypatch, capsys, *command) == told  # again, with the sizes that were timed the first time
