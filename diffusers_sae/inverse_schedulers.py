@@ -59,6 +59,26 @@ def affine_steps(scheduler: Any) -> list[tuple[float, ...]]:
 
 LEAST_SHARE = 0.01
 """Least A of a step that is undone: the less of x is in x', the more of its rounding is in what is found."""
+LARGEST_SHARE = 100.0
+"""Largest A: so little of the image is in x that a prediction of the noise in x says nothing about it."""
+
+
+class NoSteps:
+    """A scheduler without a step: what is run with it goes from its latents straight to what follows denoising."""
+
+    order = 1
+    init_noise_sigma = 1.0
+
+    def __init__(self, scheduler: Any) -> None:
+        self.config = scheduler.config
+        self.timesteps = torch.empty(0)
+
+    def set_timesteps(self, num_inference_steps: int, device: Any = None, **kwargs: Any) -> None:
+        """There are none."""
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        """Pipelines look at the arguments of this, and never call it."""
+        raise NotImplementedError
 
 
 class LastSteps:
@@ -108,7 +128,7 @@ class InverseSteps:
         self.undone: tuple[float, ...] = ()
         self._steps: list[tuple[float, ...]] = []
         self._calls = 0
-        self._start = torch.empty(0)
+        self._start = self.first_sample = torch.empty(0)
 
     def set_timesteps(self, num_inference_steps: int, device: Any = None, **kwargs: Any) -> None:
         """Every timestep from the image on, as often as the model is called at it."""
@@ -119,8 +139,18 @@ class InverseSteps:
         self.timesteps = inner.timesteps[-count:].flip(0).repeat_interleave(self._iterations).to(device)
         self._steps = affine_steps(inner)[-count:][::-1]
         self._calls = 0
-        if min(abs(a) for a, _ in self._steps) < LEAST_SHARE:
-            raise InputError(f"{num_inference_steps} steps are so long that they cannot be undone; pass more steps.")
+        self._check_steps()
+
+    def _check_steps(self) -> None:
+        """Raise `InputError` if a step cannot be undone."""
+        for t, (a, _) in zip(reversed(self.undone), self._steps, strict=True):
+            if not abs(a) <= LARGEST_SHARE:
+                raise InputError(
+                    f"At timestep {t:g} the schedule leaves so little of the image (zero terminal SNR) that a "
+                    "prediction of epsilon cannot bring it back; pass a smaller to, or use a model of velocity."
+                )
+            if abs(a) < LEAST_SHARE:
+                raise InputError(f"The step at timestep {t:g} is so long that it cannot be undone; pass more steps.")
 
     def scale_model_input(self, sample: torch.Tensor, timestep: Any = None) -> torch.Tensor:
         """The sample as it is."""
@@ -131,6 +161,8 @@ class InverseSteps:
     ) -> tuple[torch.Tensor]:
         """One iteration at the current timestep."""
         step, iteration = divmod(self._calls, self._iterations)
+        if self._calls == 0:
+            self.first_sample = sample
         self._calls += 1
         if iteration == 0:
             self._start = sample.float()

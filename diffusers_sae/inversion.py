@@ -7,7 +7,6 @@ inverted to 0.7 T, edited there at one timestep, and denoised (Ijishakin et al.,
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,18 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import (
-    DiffusionPipeline,
-    StableDiffusion3Pipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-)
+from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 
-from .autoencoding import encoded
+from .autoencoding import encode_images
 from .errors import InputError
 from .inverse_schedulers import InverseSteps, LastSteps, check_invertible
-from .pipelines import SAESteeringMixin
+from .twins import stock_class, stock_with_components, with_components
 
 PIPELINES = (StableDiffusionPipeline, StableDiffusionXLPipeline, StableDiffusion3Pipeline)
 DECIDED = (
@@ -105,7 +99,7 @@ class Inversion:
         prompt = _one_an_image(call.pop("prompt", self.prompt), len(self.latents))
         steps = LastSteps(pipe.scheduler, self.timesteps[0], self.timesteps)
         arguments = {"guidance_scale": self.guidance_scale, **call, "prompt": prompt, "latents": self.latents}
-        return _with_scheduler(pipe, steps)(
+        return with_components(pipe, scheduler=steps)(
             height=self.size[0], width=self.size[1], num_inference_steps=self.num_inference_steps, **arguments
         )
 
@@ -154,14 +148,18 @@ def invert(
     prompts = _one_an_image(prompt, len(images))
     training_timesteps = pipe.scheduler.config.num_train_timesteps
     steps = InverseSteps(pipe.scheduler, to * training_timesteps, iterations)
-    twin = _with_scheduler(pipe, steps)
-    if not edited:
-        twin.__class__ = _stock_class(pipe)
+    twin = (with_components if edited else stock_with_components)(pipe, scheduler=steps)
     size = images.shape[-2], images.shape[-1]
+    encoded = encode_images(pipe, images, decoder_iterations)
     latents = twin(
-        prompt=prompts, latents=encoded(pipe, images, decoder_iterations), num_inference_steps=num_inference_steps,
+        prompt=prompts, latents=encoded, num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale, height=size[0], width=size[1], output_type="latent",
     ).images  # fmt: skip
+    if not torch.equal(steps.first_sample.to(encoded), encoded):
+        raise InputError(
+            f"{type(pipe).__name__} changes the latents that it is given before it denoises them, so that it cannot be "
+            "inverted; pass a pipeline that begins as the stock class does."
+        )
     return Inversion(
         latents, steps.undone, tuple(prompts), float(to), float(guidance_scale), num_inference_steps,
         training_timesteps, size,
@@ -170,9 +168,11 @@ def invert(
 
 def check_invertible_pipeline(pipe: Any) -> None:
     """Raise `InputError` for a pipeline that cannot be run backwards."""
+    names = ", ".join(each.__name__ for each in PIPELINES)
     if not isinstance(pipe, PIPELINES):
-        names = ", ".join(each.__name__ for each in PIPELINES)
         raise InputError(f"{type(pipe).__name__} cannot be inverted; pass one of {names}.")
+    if next(each for each in stock_class(pipe).__mro__ if "__call__" in vars(each)) not in PIPELINES:
+        raise InputError(f"{type(pipe).__name__} denoises by a __call__ of its own; pass one of {names}.")
     check_invertible(pipe.scheduler)
 
 
@@ -236,19 +236,3 @@ def _one_an_image(prompt: Any, count: int) -> list[str]:
     if len(prompts) != count:
         raise InputError(f"There are {len(prompts)} prompts for {count} images; pass one for all, or one for each.")
     return list(prompts)
-
-
-def _with_scheduler(pipe: Any, scheduler: Any) -> Any:
-    """The pipeline with another scheduler; it shares the modules, and the steering with its plan, if there is any."""
-    twin = copy.copy(pipe)
-    twin.register_modules(scheduler=scheduler)
-    return twin
-
-
-def _stock_class(pipe: Any) -> type:
-    """The pipeline's class without steering. Its call does not arm the hooks."""
-    return next(
-        each
-        for each in type(pipe).__mro__
-        if issubclass(each, DiffusionPipeline) and not issubclass(each, SAESteeringMixin)
-    )

@@ -6,11 +6,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import Harness, random_sae
-from diffusers import DDIMInverseScheduler, DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMInverseScheduler,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusionPipeline,
+)
 from PIL import Image
 from tiny import picture
 
-from diffusers_sae import InputError, Inversion, TopKSAE, invert
+from diffusers_sae import InputError, Inversion, SAESteeringPipeline, TopKSAE, invert
 from diffusers_sae.inverse_schedulers import InverseSteps, LastSteps
 
 KINDS = ["Stable Diffusion", "Stable Diffusion 2.1", "SDXL", "Stable Diffusion 3"]
@@ -144,6 +150,21 @@ def test_run_returns_to_the_image(harness, to):
     assert list(inversion.timesteps) == sorted(inversion.timesteps, reverse=True)
     errors = [((each - original).norm() / original.norm()).item() for each in (once, often)]
     assert errors[1] < 2e-3 and errors[1] < errors[0]
+
+
+def test_statistics_of_an_autoencoder_cost_nothing():
+    """13.6 dB where they were ignored."""
+    harness = Harness("SDXL")
+    harness.bare.unet.conv_out.weight.data *= 0.05
+    vae = harness.bare.vae
+    with torch.no_grad():
+        alone = (vae.decode(vae.encode(2 * IMAGES - 1).latent_dist.mode()).sample / 2 + 0.5).clamp(0, 1)
+    statistics = {"latents_mean": [-1.6, 1.5, 1.2, -2.0], "latents_std": [8.4, 5.9, 5.3, 8.5], "scaling_factor": 0.5}
+    for config in ({}, statistics):
+        vae.register_to_config(**config)
+        inversion = invert(harness.bare, IMAGES, "ab", num_inference_steps=6, iterations=12)
+        images = inversion.run(harness.bare, output_type="pt").images
+        assert -10 * (images - alone).square().mean().log10() > 100
 
 
 def test_the_decoders_inversion_brings_the_image_nearer(harness):
@@ -342,7 +363,69 @@ def test_schedulers_that_cannot_be_undone_are_refused(sd, scheduler, said):
         invert(sd.pipe, IMAGES, "ab")
 
 
-@pytest.mark.parametrize("kind", ["Flux", "Stable Diffusion img2img", "Kandinsky 2.2"])
+def zero_snr(prediction, beta_schedule="scaled_linear", rescale=True):
+    return DDIMScheduler(
+        clip_sample=False,
+        prediction_type=prediction,
+        beta_schedule=beta_schedule,
+        rescale_betas_zero_snr=rescale,
+        timestep_spacing="trailing",
+    )
+
+
+def test_epsilon_where_nothing_of_the_image_is_left_is_refused(sd):
+    """There a prediction of epsilon says nothing about the image, while one of velocity is the image."""
+    sd.bare.unet.conv_out.weight.data *= 0.05
+    for scheduler in (zero_snr("epsilon"), zero_snr("epsilon", "squaredcos_cap_v2", rescale=False)):
+        sd.bare.scheduler = scheduler
+        with pytest.raises(InputError, match="At timestep 999 .* pass a smaller to, or use a model of velocity"):
+            invert(sd.bare, IMAGES, "ab", 1.0, num_inference_steps=6)
+        assert invert(sd.bare, IMAGES, "ab", 0.9, num_inference_steps=6).latents.isfinite().all()
+    sd.bare.scheduler = zero_snr("v_prediction")
+    inversion = invert(sd.bare, IMAGES, "ab", 1.0, num_inference_steps=6, iterations=12)
+    assert inversion.timesteps[0] == 999
+    expected = invert(sd.bare, IMAGES, "ab", 0.5, num_inference_steps=6, iterations=12)
+    torch.testing.assert_close(
+        inversion.run(sd.bare, output_type="pt").images,
+        expected.run(sd.bare, output_type="pt").images,
+        atol=2e-3,
+        rtol=0,
+    )
+
+
+class OwnCall(StableDiffusionPipeline):
+    """Denoises in its own way, for all one knows."""
+
+    def __call__(self, *args, **kwargs):
+        return super().__call__(*args, **kwargs)
+
+
+class OwnName(StableDiffusionPipeline):
+    """Denoises as the class that it inherits from."""
+
+
+def test_classes_of_users_are_taken_by_their_call(sd):
+    expected = invert(sd.bare, IMAGES, "ab", num_inference_steps=3).latents
+    sd.bare.__class__ = OwnName
+    assert torch.equal(invert(sd.bare, IMAGES, "ab", num_inference_steps=3).latents, expected)
+    steerable = SAESteeringPipeline.from_pipe(sd.bare)
+    assert torch.equal(invert(steerable, IMAGES, "ab", num_inference_steps=3).latents, expected)
+    sd.bare.__class__ = OwnCall
+    with pytest.raises(InputError, match="OwnCall denoises by a __call__ of its own"):
+        invert(sd.bare, IMAGES, "ab", num_inference_steps=3)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "Flux",
+        "Stable Diffusion img2img",
+        "SDXL img2img",
+        "Stable Diffusion 3 img2img",
+        "Stable Diffusion ControlNet",
+        "Kandinsky 2.2",
+    ],
+)
 def test_other_pipelines_are_refused(kind):
     with pytest.raises(InputError, match="StableDiffusion3Pipeline"):
         invert(Harness(kind).pipe, IMAGES, "ab")
