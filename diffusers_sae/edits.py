@@ -15,6 +15,7 @@ import torch
 from .errors import InputError
 from .families import GENERATORS
 from .handover import Handover
+from .masks import as_mask
 from .rules import Rule
 from .saes import LatentStatistics, SparseAutoencoder
 from .saes.statistics import UNITS
@@ -198,24 +199,3 @@ def checked_tokens(tokens: Any) -> tuple[int, ...]:
     if not all(isinstance(t, (int, np.integer)) and not isinstance(t, bool) and t >= 0 for t in tokens):
         raise InputError(f"tokens={tokens!r} has entries that are no positions; pass whole numbers from 0 on.")
     return tuple(int(t) for t in tokens)
-
-
-def as_mask(mask: Any) -> torch.Tensor:
-    """`(1 or images, 1, H, W)` in [0, 1] from a PIL image, an array or a tensor `(H, W)` or `(images, H, W)`.
-
-    Images and integers count 0 to 255. Raises `InputError` for other shapes and values.
-    """
-    if hasattr(mask, "convert"):
-        mask = np.array(mask.convert("L"))
-    try:
-        tensor = torch.as_tensor(mask)
-    except (TypeError, ValueError, RuntimeError):
-        raise InputError(
-            f"A mask of type {type(mask).__name__} was passed; pass a PIL image, array or tensor."
-        ) from None
-    tensor = tensor.float() / 255 if tensor.dtype == torch.uint8 else tensor.float()
-    if tensor.ndim not in (2, 3) or 0 in tensor.shape:
-        raise InputError(f"The mask has shape {tuple(tensor.shape)}; it must be (H, W), or (images, H, W).")
-    if not ((tensor >= 0) & (tensor <= 1)).all():
-        raise InputError("The mask has values outside 0 to 1 (or NaN); scale it to that range, or pass uint8 0 to 255.")
-    return tensor.reshape(-1, 1, *tensor.shape[-2:])
