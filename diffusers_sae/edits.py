@@ -5,6 +5,7 @@ x' = x + M · s(t) · (dec(z') - dec(z)),   dec(z') - dec(z) = Σ_j (z'_j - z_j)
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -28,21 +29,22 @@ class Operation(NamedTuple):
 
     `apply(z, strength)` gives z'; `needs_code` says whether z matters to z' - z; `identity` is the strength that
     changes nothing, if there is one. If it `overwrites`, `apply` says where latents fire instead, and those places get
-    the rows of other places.
+    the rows of other places. Where the strength `is_factor`, it has no unit; elsewhere it is an activation.
     """
 
     apply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     needs_code: bool
     identity: float | None
     overwrites: bool = False
+    is_factor: bool = False
 
 
 OPERATIONS: dict[str, Operation] = {
     "add": Operation(lambda z, s: z + s, needs_code=False, identity=0.0),
     "set": Operation(lambda z, s: s.expand_as(z), needs_code=True, identity=None),
-    "scale": Operation(lambda z, s: s * z, needs_code=True, identity=1.0),
+    "scale": Operation(lambda z, s: s * z, needs_code=True, identity=1.0, is_factor=True),
     "cap": Operation(torch.minimum, needs_code=True, identity=None),
-    "ablate": Operation(lambda z, s: z - s * z, needs_code=True, identity=0.0),
+    "ablate": Operation(lambda z, s: z - s * z, needs_code=True, identity=0.0, is_factor=True),
     "replace": Operation(torch.gt, needs_code=True, identity=None, overwrites=True),
 }
 
@@ -117,10 +119,12 @@ def make_edit(
         )
     if not isinstance(preserve_norm, (bool, np.bool_)):
         raise InputError(f"preserve_norm={preserve_norm!r:.80} is no choice; pass True or False.")
-    if unit != "raw" and statistics is None:
-        raise InputError(f"unit={unit!r} needs the SAE's statistics, and none lie beside it; use unit='raw'.")
-    if unit != "raw" and statistics is not None:
-        _check_known(statistics, unit, [sae.checked_feature(f) for f in features])
+    if unit != "raw":
+        if OPERATIONS[mode].is_factor:
+            raise InputError(f"A strength of mode={mode!r} is a factor and has no unit; leave unit={unit!r} out.")
+        if statistics is None:
+            raise InputError(f"unit={unit!r} needs the SAE's statistics, and none lie beside it; use unit='raw'.")
+        _check_unit(statistics, unit, [sae.checked_feature(f) for f in features])
     return Edit(
         tuple(sae.checked_feature(f) for f in features),
         tuple(checked_strength(f, s) for f, s in features.items()),
@@ -136,9 +140,10 @@ def make_edit(
     )
 
 
-def _check_known(statistics: LatentStatistics, unit: str, features: list[int]) -> None:
-    """Raise `InputError` unless strengths in multiples of the unit mean what they say."""
+def _check_unit(statistics: LatentStatistics, unit: str, features: list[int]) -> None:
+    """Raise `InputError` unless strengths in multiples of the unit mean what they say; warn of where they are 0."""
     scales = torch.stack([statistics.at(float(t)).scale(unit) for t in statistics.timesteps])[:, features]
+    silent: dict[int, list[float]] = {}
     for j, scale in zip(features, scales.T, strict=True):  # (T,)
         if not torch.isfinite(scale).all():
             raise InputError(f"The statistics of the SAE do not tell the {unit} of latent {j}; use another unit.")
@@ -148,6 +153,21 @@ def _check_known(statistics: LatentStatistics, unit: str, features: list[int]) -
             raise InputError(
                 f"Latent {j} was never active when the statistics were taken, so that its {unit} is 0; use unit='raw'."
             )
+        if (scale == 0).any():
+            silent[j] = statistics.timesteps[scale == 0].tolist()
+    if silent:
+        where = _some([f"latent {j} at {_some([f'{t:g}' for t in steps])}" for j, steps in silent.items()])
+        warnings.warn(
+            f"The {unit} of these latents is 0 at some timesteps, and so is every strength of unit={unit!r} there: "
+            f"{where}; use unit='raw' for strengths that are not.",
+            stacklevel=4,
+        )
+
+
+def _some(names: Sequence[str], most: int = 8) -> str:
+    """Names in a sentence: the first ones, and how many more there are."""
+    more = [f"{len(names) - most} more"] if len(names) > most else []
+    return ", ".join([*names[:most], *more])
 
 
 def check_fits(edit: Edit, site: Site, place: Place, watched: Site | None = None) -> None:
@@ -193,9 +213,9 @@ def _check_has_no_places(edit: Edit, site: Site) -> None:
 
 
 def checked_tokens(tokens: Any) -> tuple[int, ...]:
-    """Positions that `steer` was given; raises `InputError`."""
+    """Positions that `steer` was given, each once; raises `InputError`."""
     if not isinstance(tokens, Sequence) or isinstance(tokens, str) or not tokens:
         raise InputError(f"tokens={tokens!r} is not a list of positions; pass one, such as [4, 5].")
     if not all(isinstance(t, (int, np.integer)) and not isinstance(t, bool) and t >= 0 for t in tokens):
         raise InputError(f"tokens={tokens!r} has entries that are no positions; pass whole numbers from 0 on.")
-    return tuple(int(t) for t in tokens)
+    return tuple(dict.fromkeys(int(t) for t in tokens))

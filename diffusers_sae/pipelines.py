@@ -123,11 +123,14 @@ class SAESteeringMixin:
                 where a feature is above s get what the nearest place holds where none is.
             start, stop: progress between which it acts; 0 is pure noise, 1 the finished image.
             branch: guidance branch: `cond`, `uncond`, `both`, or `contrast` (on cond, and its opposite on uncond).
-            mask: places it acts at: PIL image, array or tensor `(H, W)` or `(images, H, W)`, in [0, 1].
-            unit: of the strengths: `raw` activation, or multiples of the latent's `mean` while firing or of its `max`,
-                at that timestep.
+            mask: places it acts at: a PIL image, whose brightness counts, 0 where it is transparent; an array, a tensor
+                or nested lists, `(H, W)` or `(images, H, W)`; or a list of them, one an image. Booleans and
+                floating-point numbers lie in [0, 1], uint8 in [0, 255] and uint16 in [0, 65535]; integers of any type
+                that are 0 and 1 only are just that.
+            unit: of the strengths of modes other than `scale` and `ablate`, which are factors: `raw` activation, or
+                multiples of the latent's `mean` while firing or of its `max`, at that timestep.
             when: a `Rule`: only images, or places, for which it holds are edited.
-            tokens: positions that are edited: of the prompt, at sites of text; of the layers of W+, at StyleGAN's `w`;
+            tokens: positions that are edited, each once: of the prompt, at sites of text; of the layers of W+, at StyleGAN's `w`;
                 channels, in the layout `channels`.
             preserve_norm: keep the norm of every row that is edited.
 

@@ -10,14 +10,14 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 
 from .context import Context
 from .edits import Edit
 from .errors import InputError
+from .resizing import average_areas, resize_map
 from .rules import Decision
 from .saes import LatentStatistics, SparseAutoencoder
-from .strengths import strength_table
+from .strengths import strength_tables
 
 TABLE_LIMIT = 2**24
 """Numbers in a table of changes that is computed before a run, at most: 64 MiB of them."""
@@ -29,10 +29,11 @@ class PreparedEdit:
 
     Args:
         edit: what was asked for.
-        strengths: `(T, 1 or images, 1 or H, 1 or W, m)` in raw units.
+        strengths: in raw units, a table `(T, 1 or images, 1 or H, 1 or W, m)` for each size of their maps; together
+            they are those of the features, in order.
         inside: `(T,)`, 1 for timesteps inside the window.
         acts: for each of the T timesteps, whether it is inside and any strength is not the identity.
-        features: `(m,)`.
+        features: `(m,)`, the edit's, sorted by the sizes of their strengths.
         directions: `(m, d)`, their decoder rows.
         mask: `(1 or images, 1, H, W)` in [0, 1].
         decision: of the edit's rule.
@@ -43,7 +44,7 @@ class PreparedEdit:
     """
 
     edit: Edit
-    strengths: torch.Tensor
+    strengths: tuple[torch.Tensor, ...]
     inside: torch.Tensor
     acts: tuple[bool, ...]
     features: torch.Tensor
@@ -59,7 +60,7 @@ class PreparedEdit:
     def needs_grid(self) -> bool:
         """Whether it depends on where a place lies in the image."""
         at_places = self.decision is not None and self.decision.rule.at == "place"
-        spread = self.strengths.shape[2:4] != (1, 1)
+        spread = any(table.shape[2:4] != (1, 1) for table in self.strengths)
         return self.mask is not None or spread or at_places or self.edit.operation.overwrites
 
     @property
@@ -113,13 +114,20 @@ class PreparedEdit:
 
     def _strengths_now(self, context: Context, grid: tuple[int, int] | None) -> torch.Tensor:
         """`(1 or images, 1 or P, m)`."""
-        now = context.at_step(self.strengths)  # (1 or images, 1 or H, 1 or W, m)
+        parts = [self._on_grid(context.at_step(table), context, grid) for table in self.strengths]
+        if len(parts) == 1:
+            return parts[0]
+        shape = [max(part.shape[i] for part in parts) for i in (0, 1)]
+        return torch.cat([part.expand(*shape, -1) for part in parts], -1)
+
+    @staticmethod
+    def _on_grid(now: torch.Tensor, context: Context, grid: tuple[int, int] | None) -> torch.Tensor:
+        """Strengths of one step, `(1 or images, 1 or H, 1 or W, m)` -> `(1 or images, 1 or P, m)`."""
         check_images(len(now), context)
-        if now.shape[1:3] == (1, 1):
-            return now.flatten(1, 2)
-        assert grid is not None
-        if tuple(now.shape[1:3]) != grid:
-            now = F.interpolate(now.movedim(-1, 1), grid, mode="bilinear", align_corners=False).movedim(1, -1)
+        if now.shape[1:3] != (1, 1):
+            assert grid is not None
+            if tuple(now.shape[1:3]) != grid:
+                now = resize_map(now.movedim(-1, 1), grid).movedim(1, -1)
         return now.flatten(1, 2)
 
     def _mask_at(self, grid: tuple[int, int] | None, images: int) -> torch.Tensor:
@@ -133,7 +141,7 @@ class PreparedEdit:
                 f"The mask is {height} x {width}, which does not fit a site of {grid[0]} x {grid[1]}; "
                 "make it as high and wide as the image, or smaller in the same ratio."
             )
-        return self._keep(("mask", grid), lambda: F.interpolate(mask, grid, mode="area").flatten(2).transpose(1, 2))
+        return self._keep(("mask", grid), lambda: average_areas(mask, grid).flatten(2).transpose(1, 2))
 
     def _chosen_tokens(self, x: torch.Tensor) -> torch.Tensor:
         """`(P, 1)`: 1 at the tokens."""
@@ -178,21 +186,26 @@ def prepare(
     device: torch.device,
 ) -> PreparedEdit:
     """`edit` for a run at the context's timesteps."""
-    strengths = strength_table(edit.strengths, context)
+    tables = strength_tables(edit.strengths, context)
+    features = [edit.features[i] for group, _ in tables for i in group]
+    strengths = [table for _, table in tables]
     if edit.unit != "raw":
         assert statistics is not None
-        units = torch.stack([statistics.at(t).scale(edit.unit)[list(edit.features)] for t in context.timesteps])
-        strengths = strengths * units[:, None, None, None]
+        units = torch.stack([statistics.at(t).scale(edit.unit)[features] for t in context.timesteps])
+        of_groups = units[:, None, None, None].split([len(group) for group, _ in tables], -1)
+        strengths = [table * unit for table, unit in zip(strengths, of_groups, strict=True)]
     identity = edit.operation.identity
     inside = [edit.in_window(context.progress(t)) for t in context.timesteps]
-    changing = [True] * len(inside) if identity is None else (strengths != identity).flatten(1).any(1).tolist()
+    changing = [
+        identity is None or any((table[i] != identity).any().item() for table in strengths) for i in range(len(inside))
+    ]
     prepared = PreparedEdit(
         edit,
-        strengths.contiguous().to(device),
+        tuple(table.contiguous().to(device) for table in strengths),
         torch.tensor(inside, dtype=torch.float32, device=device),
         tuple(i and c for i, c in zip(inside, changing, strict=True)),
-        torch.tensor(edit.features, device=device),
-        sae.decoder_rows(edit.features).to(device),
+        torch.tensor(features, device=device),
+        sae.decoder_rows(features).to(device),
         None if edit.mask is None else edit.mask.to(device),
         decision,
         sae.row_scale,
@@ -205,12 +218,13 @@ def prepare(
 
 def _table(edit: PreparedEdit) -> torch.Tensor | None:
     """`PreparedEdit.table`, where there is one and it is not too large."""
-    steps, images, *places, _ = edit.strengths.shape
+    strengths = edit.strengths[0]  # all of them, if they have no places
+    steps, images, *places, _ = strengths.shape
     if edit.edit.operation.needs_code or places != [1, 1]:
         return None
     if steps * images * edit.directions.shape[-1] > TABLE_LIMIT:
         return None
-    return edit.inside[:, None, None] * (edit.strengths[:, :, 0, 0] @ edit.directions)
+    return edit.inside[:, None, None] * (strengths[:, :, 0, 0] @ edit.directions)
 
 
 def _norm_preserving(x: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ class Shifts:
         if not any(edit.needs(branch, context) for edit in self._edits for branch in context.branches):
             return None
         for edit in self._edits:
-            check_images(edit.strengths.shape[1], context)
+            check_images(edit.strengths[0].shape[1], context)
         if torch.compiler.is_compiling() or self._is_large(context):
             return self._of_batch([context.at_step(table) for table in self._each], context)[:, None]
         key = context.branches, context.images

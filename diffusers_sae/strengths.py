@@ -10,7 +10,6 @@ from numbers import Real
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from .context import Context
 from .errors import InputError
@@ -47,19 +46,32 @@ Strength = Real | Sequence[float] | Callable[[float], float] | StrengthTable | S
 """A number, a list with one number an image, a function of progress, or a table over timesteps (and places)."""
 
 
-def strength_table(strengths: Sequence[Any], context: Context) -> torch.Tensor:
-    """Checked strengths at all timesteps of a run, `(T, 1 or images, 1 or H, 1 or W, m)`.
+def strength_tables(strengths: Sequence[Any], context: Context) -> list[tuple[list[int], torch.Tensor]]:
+    """Checked strengths at all timesteps of a run, grouped by the size of their maps.
 
-    Maps of different sizes are brought to the largest.
+    Returns:
+        Groups of the strengths' indices, each with its table `(T, 1 or images, 1 or H, 1 or W, m)`. Maps of different
+        sizes are in different groups, so that what one of them means on a grid does not depend on the others; what
+        has no places is in the first.
+
+    Raises:
+        InputError: a function does not return a finite number, or lists have different lengths.
     """
     columns = [_column(strength, context) for strength in strengths]
-    height, width = max(c.shape[2] for c in columns), max(c.shape[3] for c in columns)
-    columns = [c if c.shape[2:] in ((1, 1), (height, width)) else _resized(c, (height, width)) for c in columns]
     images = {c.shape[1] for c in columns} - {1}
     if len(images) > 1:
         raise InputError(f"Strengths of one edit have {images} numbers, one an image; give each as many.")
+    sizes = list(dict.fromkeys(tuple(c.shape[2:]) for c in columns if c.shape[2:] != (1, 1))) or [(1, 1)]
+    groups: list[list[int]] = [[] for _ in sizes]
+    for i, column in enumerate(columns):
+        size = tuple(column.shape[2:])
+        groups[sizes.index(size) if size in sizes else 0].append(i)
+    return [(group, _table([columns[i] for i in group], len(context.timesteps))) for group in groups]
+
+
+def _table(columns: list[torch.Tensor], steps: int) -> torch.Tensor:
     stacked = torch.stack(torch.broadcast_tensors(*columns), -1)
-    return stacked.expand(len(context.timesteps), *stacked.shape[1:])
+    return stacked.expand(steps, *stacked.shape[1:])
 
 
 def _column(strength: Any, context: Context) -> torch.Tensor:
@@ -103,23 +115,16 @@ def _check_takes_progress(feature: int, strength: Callable[..., Any]) -> None:
         ) from None
 
 
-def _resized(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    return F.interpolate(maps, size, mode="bilinear", align_corners=False)
-
-
 def checked_strength(feature: int, strength: Any) -> Any:
     """The strength that `steer` was given for a feature, as a float, list, function or table; raises `InputError`."""
     if callable(strength):
         _check_takes_progress(feature, strength)
         return strength
     if isinstance(strength, StrengthMap):
+        strength = _checked_map(feature, strength)
         numbers: Sequence[float] = strength.values.flatten().tolist()
-        if strength.values.ndim != 3 or len(strength.values) != len(strength.timesteps):
-            raise InputError(
-                f"The StrengthMap of feature {feature} has {len(strength.timesteps)} timesteps and values of shape "
-                f"{tuple(strength.values.shape)}; the values must be (timesteps, height, width)."
-            )
     elif isinstance(strength, StrengthTable):
+        strength = _checked_table(feature, strength)
         numbers = strength.values
     elif isinstance(strength, Real):
         numbers = [float(strength)]
@@ -137,3 +142,33 @@ def checked_strength(feature: int, strength: Any) -> Any:
         shown = "a map with numbers that are not" if isinstance(strength, StrengthMap) else strength
         raise InputError(f"The strength of feature {feature} is {shown}; every number in it must be finite.")
     return float(strength) if isinstance(strength, Real) else strength
+
+
+def _checked_table(feature: int, strength: StrengthTable) -> StrengthTable:
+    """A copy of a table for a plan; raises `InputError`."""
+    try:
+        timesteps, values = (tuple(float(v) for v in each) for each in (strength.timesteps, strength.values))
+    except (TypeError, ValueError, OverflowError):
+        timesteps, values = (), (0.0,)
+    if len(timesteps) != len(values):
+        raise InputError(
+            f"The StrengthTable of feature {feature} is {strength!r:.120}; pass as many values as timesteps, as numbers."
+        )
+    return StrengthTable(timesteps, values)
+
+
+def _checked_map(feature: int, strength: StrengthMap) -> StrengthMap:
+    """A copy of a map for a plan, in fp32 on the CPU, whatever the caller does with theirs; raises `InputError`."""
+    try:
+        values = torch.as_tensor(strength.values).detach().to("cpu", torch.float32, copy=True)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise InputError(
+            f"The StrengthMap of feature {feature} has values that are no tensor; pass one of (timesteps, height, "
+            "width)."
+        ) from None
+    if values.ndim != 3 or len(values) != len(strength.timesteps):
+        raise InputError(
+            f"The StrengthMap of feature {feature} has {len(strength.timesteps)} timesteps and values of shape "
+            f"{tuple(values.shape)}; the values must be (timesteps, height, width)."
+        )
+    return StrengthMap(strength.timesteps, values)

@@ -61,6 +61,56 @@ def test_units_multiply_by_the_statistics_of_the_nearest_timestep(sae):
         assert strengths_of(edit, sae, context, statistics).item() == pytest.approx(expected)
 
 
+def with_statistics(sae, timesteps=(900.0, 100.0)):
+    """Statistics whose mean while firing and largest value are 4 and 7 for all latents at all timesteps."""
+    full = torch.ones(len(timesteps), sae.n_latents)
+    sae.statistics = LatentStatistics(torch.tensor(timesteps), 2 * full, 7 * full, 0.5 * full)
+    return sae
+
+
+@pytest.mark.parametrize("mode", OPERATIONS)
+@pytest.mark.parametrize(("unit", "value"), [("mean", 4.0), ("max", 7.0)])
+def test_a_unit_is_for_strengths_that_are_activations(sd, sae, mode, unit, value):
+    """The strength of `scale` and of `ablate` is a factor, which has none."""
+    sd.pipe.load_sae(with_statistics(sae))
+    sd.pipe.steer({3: 0.5 if mode in ("scale", "ablate") else 0.5 * value}, mode=mode)
+    raw = sd.run()
+    if mode in ("scale", "ablate"):
+        with pytest.raises(InputError, match=f"mode='{mode}' is a factor and has no unit; leave unit='{unit}' out."):
+            sd.pipe.steer({3: 0.5}, mode=mode, unit=unit)
+    else:
+        sd.pipe.reset_steering()
+        sd.pipe.steer({3: 0.5}, mode=mode, unit=unit)
+    assert torch.equal(raw, sd.run())
+
+
+@pytest.mark.parametrize("mode", [name for name, operation in OPERATIONS.items() if not operation.is_factor])
+@pytest.mark.parametrize("unit", ["mean", "max"])
+def test_a_unit_that_is_0_at_some_timesteps_is_a_warning(sd, sae, mode, unit):
+    statistics = with_statistics(sae, tuple(range(1000, 0, -50))).statistics
+    for values in (statistics.mean, statistics.max, statistics.rate):
+        values[[1, 3], 4] = 0.0
+        values[:12, 6] = 0.0
+    sd.pipe.load_sae(sae)
+    with pytest.warns(UserWarning, match="is 0 at some timesteps") as caught:
+        sd.pipe.steer({3: 1.0, 4: 1.0, 6: 1.0}, mode=mode, unit=unit)
+    assert [(str(each.message), each.filename) for each in caught] == [
+        (
+            f"The {unit} of these latents is 0 at some timesteps, and so is every strength of unit='{unit}' there: "
+            "latent 4 at 950, 850, latent 6 at 1000, 950, 900, 850, 800, 750, 700, 650, 4 more; "
+            "use unit='raw' for strengths that are not.",
+            __file__,
+        )
+    ]
+
+
+def test_a_unit_that_is_never_0_is_no_warning(sd, sae, recwarn):
+    sd.pipe.load_sae(with_statistics(sae))
+    sd.pipe.steer({3: 1.0, 4: 0.0}, unit="max")
+    sd.pipe.steer({3: 1.0, 4: 0.0})
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize(
     ("unit", "mean", "largest", "sentence"),
     [
@@ -114,6 +164,76 @@ def test_a_map_gives_every_place_its_strength(sae):
     wide = strengths_of(edit, sae, context, grid=(4, 4))[0, :, 1].view(4, 4)
     assert wide[0, 0] == 5 and wide[3, 3] == 8
     torch.testing.assert_close(wide.mean(), values[1].mean())
+
+
+def test_a_finer_map_is_averaged(sae):
+    values = torch.rand(2, 16, 24, generator=torch.Generator().manual_seed(0))
+    edit = make_edit({0: 0.5, 1: StrengthMap((900.0, 100.0), values)}, sae)
+    averaged = strengths_of(edit, sae, at(1000.0, 200.0, step=1), grid=(4, 4))[0, :, 1].view(4, 4)
+    torch.testing.assert_close(averaged, values[1].unflatten(0, (4, 4)).unflatten(2, (4, 6)).mean((1, 3)))
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (8, 8), (16, 16), (6, 6)])
+@pytest.mark.parametrize("unit", ["raw", "max"])
+def test_maps_of_different_sizes_mean_what_each_means_alone(sae, grid, unit):
+    context = at(1000.0, 200.0, step=1, rows=4, branches=("uncond", "cond"))
+    statistics = with_statistics(sae).statistics
+    statistics.max *= torch.arange(1, sae.n_latents + 1)
+    maps = [StrengthMap((900.0, 100.0), torch.rand(2, size, size)) for size in (16, 4, 16, 1, 8)]
+    features = {9: 0.5, 1: maps[0], 5: maps[1], 2: [1.0, 2.0], 7: maps[2], 8: maps[3], 3: maps[4]}
+    prepared = prepare(make_edit(features, sae, unit=unit, statistics=statistics), sae, statistics, context, None, CPU)
+    assert sorted(prepared.features.tolist()) == sorted(features)
+    torch.testing.assert_close(prepared.directions, sae.W_dec[prepared.features])
+    together = prepared._strengths_now(context, grid).expand(2, grid[0] * grid[1], -1)
+    for feature, strength in features.items():
+        edit = make_edit({feature: strength}, sae, unit=unit, statistics=statistics)
+        alone = strengths_of(edit, sae, context, statistics, grid)
+        column = prepared.features.tolist().index(feature)
+        torch.testing.assert_close(together[..., column], alone[..., 0].expand(2, grid[0] * grid[1]))
+
+
+@pytest.mark.parametrize("mode", OPERATIONS)
+def test_one_edit_with_maps_of_different_sizes_does_what_two_do(sd, sae, mode):
+    fine, coarse = (StrengthMap((500.0,), 4 * torch.rand(1, size, size) - 1) for size in (16, 2))
+    sd.pipe.load_sae(sae)
+    sd.pipe.steer({5: coarse, 3: fine}, mode=mode)
+    together = sd.run()
+    sd.pipe.reset_steering()
+    sd.pipe.steer({3: fine, 5: coarse}, mode=mode)
+    torch.testing.assert_close(together, sd.run(), atol=1e-5, rtol=1e-4)
+    if not OPERATIONS[mode].overwrites:  # which looks at all features of an edit together
+        sd.pipe.reset_steering()
+        sd.pipe.steer({3: fine}, mode=mode)
+        sd.pipe.steer({5: coarse}, mode=mode)
+        torch.testing.assert_close(together, sd.run(), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int64, torch.bool, np.float32, np.int32])
+def test_maps_of_every_type(sae, dtype):
+    values = np.eye(4, dtype=dtype)[None] if isinstance(dtype, type) else torch.eye(4, dtype=dtype)[None]
+    edit = make_edit({3: StrengthMap((500.0,), values)}, sae)
+    on_grid = strengths_of(edit, sae, at(500.0), grid=(2, 2))
+    torch.testing.assert_close(on_grid[0, :, 0], torch.tensor([0.5, 0.0, 0.0, 0.5]))
+
+
+def test_an_edit_does_not_change_with_what_it_was_made_of(sae):
+    values, mask, listed, table, tokens = torch.eye(4)[None], np.eye(4, dtype=np.float32), [1.0, 2.0], [3.0], [4]
+    edit = make_edit(
+        {3: StrengthMap((500.0,), values), 4: listed, 5: StrengthTable((500.0,), table)}, sae, mask=mask, tokens=tokens
+    )
+    values[:], mask[:], listed[0], table[0], tokens[0] = 7.0, 0.25, 7.0, 7.0, 7
+    assert torch.equal(edit.strengths[0].values, torch.eye(4)[None])
+    assert torch.equal(edit.mask[0, 0], torch.eye(4)) and edit.tokens == (4,)
+    assert edit.strengths[1] == [1.0, 2.0] and list(edit.strengths[2].values) == [3.0]
+
+
+@pytest.mark.parametrize("size", [(8, 8), (16, 16), (12, 12), (10, 10), (4, 4), (3, 3)])
+def test_a_mask_of_another_size_covers_the_same_area(sd, sae, size):
+    mask = torch.rand(size, generator=torch.Generator().manual_seed(0))
+    prepared = prepare(make_edit({3: 1.0}, sae, mask=mask), sae, None, at(0.0), None, CPU)
+    on_grid = prepared._mask_at((8, 8), 1)
+    assert on_grid.shape == (1, 64, 1) and float(on_grid.min()) >= 0 and float(on_grid.max()) <= 1
+    torch.testing.assert_close(on_grid.mean(), mask.mean())
 
 
 def test_a_map_edits_places_of_the_image(sd, sae):
@@ -201,6 +321,10 @@ def test_preserve_norm_turns_rows_and_does_not_stretch_them(sd, sae):
         ({"features": {3: StrengthTable((1.0,), (float("nan"),))}}, "must be finite"),
         ({"features": {3: StrengthMap((1.0,), torch.full((1, 2, 2), float("inf")))}}, "must be finite"),
         ({"features": {3: StrengthMap((1.0, 2.0), torch.zeros(1, 2, 2))}}, "must be (timesteps, height, width)"),
+        ({"features": {3: StrengthTable((1.0, 2.0), (1.0,))}}, "pass as many values as timesteps"),
+        ({"features": {3: StrengthTable((1.0,), "x")}}, "pass as many values as timesteps, as numbers"),
+        ({"features": {3: StrengthTable(1.0, 1.0)}}, "pass as many values as timesteps, as numbers"),
+        ({"features": {3: StrengthMap((1.0,), [[["x"]]])}}, "has values that are no tensor"),
         ({"mode": "boost"}, "'boost' is not a mode; choose one of add, set, scale, cap, ablate, replace."),
         ({"branch": "neg"}, "'neg' is not a branch"),
         ({"unit": "percent"}, "'percent' is not a unit"),

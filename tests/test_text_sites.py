@@ -1,5 +1,6 @@
 """Sites of text: layers of the text encoders, and the text stream of blocks that have two."""
 
+import numpy as np
 import pytest
 import torch
 from conftest import Harness, random_sae
@@ -74,6 +75,13 @@ def test_the_text_stream_of_a_block(kind):
     torch.testing.assert_close(moved[2], 9.0 * sae.W_dec[3], atol=1e-4, rtol=1e-4)
     assert not moved[[0, 1, 3, 4]].any()
     assert torch.equal(a.rows("uncond", t), b.rows("uncond", t))
+
+
+@pytest.mark.parametrize("tokens", [[4, 4], (4, 1, 4, 1), [4, np.int64(4)], range(4, 5)])
+def test_a_position_that_is_named_twice_is_one(tokens):
+    once, _ = loaded("Stable Diffusion", tokens=sorted({int(token) for token in tokens}))
+    twice, _ = loaded("Stable Diffusion", tokens=tokens)
+    assert torch.equal(once.run(), twice.run())
 
 
 def test_images_of_a_prompt_share_its_tokens():
