@@ -130,8 +130,8 @@ class SAESteeringMixin:
             unit: of the strengths of modes other than `scale` and `ablate`, which are factors: `raw` activation, or
                 multiples of the latent's `mean` while firing or of its `max`, at that timestep.
             when: a `Rule`: only images, or places, for which it holds are edited.
-            tokens: positions that are edited, each once: of the prompt, at sites of text; of the layers of W+, at StyleGAN's `w`;
-                channels, in the layout `channels`.
+            tokens: positions that are edited, each once: of the prompt, at sites of text; of the layers of W+, at
+                StyleGAN's `w`; channels, in the layout `channels`.
             preserve_norm: keep the norm of every row that is edited.
 
         Raises:

@@ -152,7 +152,7 @@ def _checked_table(feature: int, strength: StrengthTable) -> StrengthTable:
         timesteps, values = (), (0.0,)
     if len(timesteps) != len(values):
         raise InputError(
-            f"The StrengthTable of feature {feature} is {strength!r:.120}; pass as many values as timesteps, as numbers."
+            f"The StrengthTable of feature {feature} is {strength!r:.120}; pass numbers, as many values as timesteps."
         )
     return StrengthTable(timesteps, values)
 
