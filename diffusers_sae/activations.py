@@ -8,7 +8,9 @@ import torch
 
 from .context import Context
 from .errors import InputError
-from .sites import ALIASES, LAYOUTS, Site, grid_of
+from .layouts import LAYOUTS
+from .site_mapping import SiteMapping
+from .sites import Site, grid_of
 
 
 @dataclass
@@ -83,8 +85,8 @@ class AllSeen(Exception):
     """Every site has been seen in the call of the pipeline that is on, and the rest of it is not needed."""
 
 
-class Activations(dict[str, SiteActivations]):
-    """`{path: SiteActivations}`, filled while `with pipe.capture(...)` is open.
+class Activations(SiteMapping[SiteActivations]):
+    """`{site: SiteActivations}`, filled while `with pipe.capture(...)` is open.
 
     With `once`, a call of the pipeline ends by `AllSeen` as soon as each site has been seen in it.
     """
@@ -93,11 +95,6 @@ class Activations(dict[str, SiteActivations]):
 
     def take(self, site: Site, x: torch.Tensor, context: Context, first_image: int) -> None:
         """Add one call's tensor `(rows, ...)` of a site; raises `AllSeen`."""
-        self[site.path].take(x, context, first_image)
+        self[site].take(x, context, first_image)
         if self.once and len({each.calls for each in self.values()}) == 1:
             raise AllSeen
-
-    def __missing__(self, path: str) -> SiteActivations:
-        if path not in ALIASES:
-            raise KeyError(path)
-        return self[ALIASES[path]]

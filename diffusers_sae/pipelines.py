@@ -27,9 +27,11 @@ from .origin import base_model, warn_of_other_recipe, warn_of_other_sae
 from .recipes import edits_of, read_json, recipe_of
 from .rules import Rule, checked_rule
 from .saes import SparseAutoencoder
-from .sites import Site, resolve, row_width_of
+from .site_mapping import distinct_sites
+from .sites import Site, resolve
 from .state import SteeringState
 from .strengths import Strength
+from .widths import check_update, row_width_of
 
 
 class SAESteeringMixin:
@@ -195,14 +197,17 @@ class SAESteeringMixin:
         """Collect activations, as the following layers see them, from all calls inside the `with` block.
 
         Yields:
-            `{path: SiteActivations}`, each with its tensor and labels (timestep, branch, image).
+            `{site: SiteActivations}`, each with its tensor and labels (timestep, branch, image); a site is looked up
+            by itself, by its text, or by its path where that is one site's only.
         """
         check_supported(self)
         if isinstance(sites, (str, Site)):
             raise InputError(f"capture takes a list of sites; pass [{str(sites)!r}].")
-        places = [Site.of(s) for s in sites]
+        places = distinct_sites(sites)
         found = [resolve(self, place) for place in places]
-        activations = Activations({place.path: SiteActivations(place) for place in places})
+        for where, place in zip(found, places, strict=True):
+            check_update(where, place)
+        activations = Activations((place, SiteActivations(place)) for place in places)
         state = self._steering
 
         def take(site: Site, x: torch.Tensor, context: Context) -> None:

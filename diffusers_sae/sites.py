@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from torch import nn
 from .errors import InputError
 from .families import DENOISERS, image_maker_of
 from .handover import Handover
+from .layouts import LAYOUTS as LAYOUTS
 from .nulls import without_nulls
 
 KINDS = ("output", "input", "update")
@@ -32,7 +33,8 @@ WRAPPERS = ("text_model", "language_model", "model")
 def canonical_path(path: str) -> str:
     """A site's path as every version of transformers could call it: in text encoders, without what wraps the blocks."""
     component, _, rest = path.partition(".")
-    return f"{component}.{_unwrapped_path(rest)}" if component in TEXT_ENCODERS and rest else path
+    unwrapped_rest = _unwrapped_path(rest) if component in TEXT_ENCODERS else ""
+    return f"{component}.{unwrapped_rest}" if unwrapped_rest else path
 
 
 def _unwrapped_path(rest: str) -> str:
@@ -43,7 +45,10 @@ def _unwrapped_path(rest: str) -> str:
 class Site:
     """A named tensor of a pipeline.
 
-    Two sites are equal if they name the same tensor in some version of transformers:
+    Its text, which `str` writes and `Site.of` reads, is the path and, after `@`, what differs from the defaults of
+    kind, stream and layout: `unet.mid_block`, `unet.mid_block@input`, `unet.mid_block@update,channels`.
+
+    Two sites are equal, and have the same text, if they name the same tensor in some version of transformers:
     `text_encoder.text_model.encoder.layers.10` is `text_encoder.encoder.layers.10`.
 
     Args:
@@ -63,24 +68,25 @@ class Site:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", ALIASES.get(self.path, self.path))
-        for name, value, known in (
-            ("kind", self.kind, KINDS),
-            ("stream", self.stream, STREAMS),
-            ("layout", self.layout, tuple(LAYOUTS)),
-        ):
+        if MARK in self.path:
+            raise InputError(f"{self.path!r} is more than a path; pass Site.of({self.path!r}).")
+        for name, known in WORDS.items():
+            value = getattr(self, name)
             if value not in known:
                 raise InputError(f"{value!r} is not a {name} of site; choose one of {', '.join(known)}.")
 
     @classmethod
     def of(cls, site: Site | str | dict[str, str]) -> Site:
-        """A `Site` from itself, a path, or the dict that an SAE's config holds."""
+        """A `Site` from itself, its text, or the dict that an SAE's config holds; raises `InputError` for others."""
         if isinstance(site, Site):
             return site
-        told = {"path": site} if isinstance(site, str) else without_nulls(site)
+        if isinstance(site, str):
+            return cls(**_read_text(site))
+        values = without_nulls(site)
         known = [field.name for field in fields(cls)]
-        if not isinstance(told, Mapping) or not isinstance(told.get("path"), str) or not set(told) <= set(known):
+        if not isinstance(values, Mapping) or not isinstance(values.get("path"), str) or not set(values) <= set(known):
             raise InputError(f"{site!r} is no site; pass a path, or an object of a path and {', '.join(known[1:])}.")
-        return cls(**told)
+        return cls(**values)
 
     @property
     def _identity(self) -> tuple[str, str, str, str]:
@@ -118,53 +124,33 @@ class Site:
         return self.stream == "text" or self.is_text_encoder or self.path in ("generator.w", "generator.mapping")
 
     def __str__(self) -> str:
-        told = ((self.kind, "output"), (self.stream, "image"), (self.layout, "positions"))
-        extra = [value for value, default in told if value != default]
-        return self.path + (f" ({', '.join(extra)})" if extra else "")
+        words = [getattr(self, name) for name, known in WORDS.items() if getattr(self, name) != known[0]]
+        return canonical_path(self.path) + (MARK + ",".join(words) if words else "")
 
 
-class Layout(NamedTuple):
-    """A pair of functions: tensor -> rows `(B, P, d)`, and (rows, the tensor they came from) -> tensor.
-
-    Rows of one place, `(B, 1, d)`, stand for all places; the tensor then broadcasts.
-    """
-
-    to_rows: Callable[[torch.Tensor], torch.Tensor]
-    from_rows: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-def _positions_to_rows(x: torch.Tensor) -> torch.Tensor:
-    return x.flatten(2).transpose(1, 2) if x.ndim == 4 else x  # (B, H*W, C) or (B, N, C)
-
-
-def _positions_from_rows(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    if like.ndim != 4:
-        return rows
-    channels_first = rows.transpose(1, 2)  # (B, C, P)
-    return channels_first.unflatten(2, like.shape[2:]) if rows.shape[1] > 1 else channels_first[..., None]
+def _read_text(text: str) -> dict[str, str]:
+    """The arguments of `Site` that its text says; raises `InputError` for words that say nothing, or contradict."""
+    path, mark, rest = text.partition(MARK)
+    values = {"path": path}
+    for word in [each.strip() for each in rest.split(",")] if mark else []:
+        name = next((name for name, known in WORDS.items() if word in known), None)
+        if name is None:
+            known = [each for words in WORDS.values() for each in words]
+            near = difflib.get_close_matches(word, known, n=1, cutoff=0.0)[0]
+            raise InputError(
+                f"{word!r} in {text!r} is not a kind, stream or layout of site; the nearest is {near!r}, of "
+                f"{', '.join(known)}."
+            )
+        if name in values:
+            raise InputError(f"{text!r} says its {name} twice, {values[name]!r} and {word!r}; leave one out.")
+        values[name] = word
+    return values
 
 
-def _channels_to_rows(x: torch.Tensor) -> torch.Tensor:
-    return x.flatten(2) if x.ndim == 4 else x.transpose(1, 2)  # (B, C, H*W) or (B, C, N)
-
-
-def _channels_from_rows(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return rows.unflatten(2, like.shape[2:]) if like.ndim == 4 else rows.transpose(1, 2)
-
-
-def _vector_to_rows(x: torch.Tensor) -> torch.Tensor:
-    return x.flatten(1)[:, None]  # (B, 1, C*H*W) or (B, 1, N*C)
-
-
-def _vector_from_rows(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return rows[:, 0].unflatten(1, like.shape[1:])
-
-
-LAYOUTS = {
-    "positions": Layout(_positions_to_rows, _positions_from_rows),
-    "channels": Layout(_channels_to_rows, _channels_from_rows),
-    "vector": Layout(_vector_to_rows, _vector_from_rows),
-}
+MARK = "@"
+"""What stands between the path and the rest in a site's text."""
+WORDS = {"kind": KINDS, "stream": STREAMS, "layout": tuple(LAYOUTS)}
+"""What a site can be besides its path; the first of each is the default."""
 
 
 def grid_of(x: torch.Tensor, image_size: tuple[int, int]) -> tuple[int, int]:
@@ -241,6 +227,16 @@ def with_input(args: tuple, kwargs: dict[str, Any], stream: str, tensor: torch.T
         return args, {**kwargs, name: tensor}
     i = STREAMS.index(stream)
     return (*args[:i], tensor, *args[i + 1 :]), kwargs
+
+
+def update_of(output: torch.Tensor, given: torch.Tensor, site: Site) -> torch.Tensor:
+    """Output minus input; raises `InputError` if their shapes differ, where a difference would broadcast or fail."""
+    if output.shape != given.shape:
+        raise InputError(
+            f"{site} does not exist: the block returns {tuple(output.shape)} for an input of {tuple(given.shape)}, so "
+            "that output minus input has no meaning; choose the kind output or input."
+        )
+    return output - given
 
 
 class Place(NamedTuple):
@@ -328,23 +324,3 @@ def argument_of(kwargs: dict[str, Any], site: Site) -> torch.Tensor:
 def with_argument(kwargs: dict[str, Any], site: Site, rows: torch.Tensor) -> dict[str, Any]:
     """The denoiser's arguments with the site's replaced."""
     return {**kwargs, "added_cond_kwargs": {**kwargs["added_cond_kwargs"], site.path: rows[:, 0]}}
-
-
-def row_width_of(place: Place, site: Site) -> int | None:
-    """Width of a site's rows where it is known before a run; that of rows that are maps depends on the image's size."""
-    return width_of(place) if site.layout == "positions" else None
-
-
-def width_of(place: Place) -> int | None:
-    """Channels of a block's output where the block, or the model for all of its blocks, tells them, else `None`."""
-    if isinstance(place.module, Handover):
-        return place.module.width
-    if place.is_argument:
-        return getattr(place.root, "config", {}).get("encoder_hid_dim")
-    for block in (place.module, *(getattr(place.module, "resnets", None) or [])[-1:]):
-        for name in ("out_channels", "dim", "out_dim", "embed_dim"):
-            width = getattr(block, name, None)
-            if isinstance(width, int):
-                return width
-    width = getattr(place.root, "inner_dim", None)
-    return width if isinstance(width, int) and type(place.module).__name__.endswith("Block") else None

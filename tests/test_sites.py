@@ -1,5 +1,6 @@
 """Sites: rows and back, and the sentences for sites that are none."""
 
+import itertools
 import warnings
 
 import pytest
@@ -8,7 +9,9 @@ from conftest import SITE, Harness, random_sae
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from diffusers_sae import InputError, SAESteeringPipeline, Site
-from diffusers_sae.sites import LAYOUTS, grid_of, resolve, tensor_of, width_of, with_tensor
+from diffusers_sae.layouts import LAYOUTS
+from diffusers_sae.sites import KINDS, STREAMS, grid_of, resolve, tensor_of, with_tensor
+from diffusers_sae.widths import width_of
 
 BLOCK = torch.nn.Identity()
 
@@ -113,6 +116,100 @@ def test_bad_sites_get_a_sentence_and_change_nothing(sd, sae, site, sentence):
     assert sentence in str(error.value) and str(error.value).endswith(".")
     assert sd.pipe.get_list_saes() == {} and not sd.pipe.unet._forward_pre_hooks
     assert torch.equal(before, sd.run())
+
+
+TEXTS = {
+    "unet.mid_block": Site("unet.mid_block"),
+    "unet.mid_block@input": Site("unet.mid_block", kind="input"),
+    "transformer.transformer_blocks.0@text": Site("transformer.transformer_blocks.0", stream="text"),
+    "unet.mid_block@update,channels": Site("unet.mid_block", kind="update", layout="channels"),
+    "unet.mid_block@input,text,vector": Site("unet.mid_block", "input", "text", "vector"),
+    "generator.w": Site("w"),
+    "image_embeds": Site("image_embeds"),
+}
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_the_text_of_a_site(text):
+    assert str(TEXTS[text]) == text and Site.of(text) == TEXTS[text]
+    assert Site.of(TEXTS[text].as_dict()) == TEXTS[text]
+
+
+def test_every_site_has_a_text_of_its_own_that_can_name_a_folder(tmp_path):
+    """None is another's, whatever the system makes of upper and lower case, and none has what Windows forbids."""
+    sites = [Site("unet.mid_block", *each) for each in itertools.product(KINDS, STREAMS, LAYOUTS)]
+    assert len({str(site).lower() for site in sites}) == len(sites)
+    for site in sites:
+        text = str(site)
+        assert Site.of(text) == site and not set(text) & set('<>:"/\\|?* ') and not text.endswith(".")
+        (tmp_path / text).mkdir()
+    assert {Site.of(folder.name) for folder in tmp_path.iterdir()} == set(sites)
+
+
+@pytest.mark.parametrize(
+    ("text", "same"),
+    [
+        ("unet.mid_block@channels,update", "unet.mid_block@update,channels"),
+        ("unet.mid_block@vector,text,input", "unet.mid_block@input,text,vector"),
+        ("unet.mid_block@update, channels", "unet.mid_block@update,channels"),
+        ("unet.mid_block@output", "unet.mid_block"),
+        ("unet.mid_block@positions,image,output", "unet.mid_block"),
+        ("w@channels", "generator.w@channels"),
+        ("text_encoder.text_model.encoder.layers.0", "text_encoder.encoder.layers.0"),
+        ("text_encoder.text_model.encoder.layers.0@input", "text_encoder.encoder.layers.0@input"),
+    ],
+)
+def test_other_spellings_are_the_same_site(text, same):
+    assert Site.of(text) == Site.of(same) and str(Site.of(text)) == same
+
+
+def test_wrappers_themselves_are_sites_of_their_own():
+    """Without what they are called, nothing would be left of their paths."""
+    sites = [Site(f"text_encoder.{name}") for name in ("text_model", "language_model", "model")]
+    assert len(set(sites)) == 3 and [Site.of(str(site)) for site in sites] == sites
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("unet.mid_block@inptu", "'inptu' in 'unet.mid_block@inptu' is not a .* the nearest is 'input'"),
+        ("unet.mid_block@channel", "the nearest is 'channels'"),
+        ("unet.mid_block@Update", "the nearest is 'update'"),
+        ("unet.mid_block@", "'' in 'unet.mid_block@' is not a kind, stream or layout"),
+        ("unet.mid_block@input,", "'' in 'unet.mid_block@input,' is not"),
+        ("unet.mid_block@input@text", "'input@text' in .* is not"),
+        ("unet.mid_block@input,update", "says its kind twice, 'input' and 'update'"),
+        ("unet.mid_block@text,input,image", "says its stream twice, 'text' and 'image'"),
+        ("unet.mid_block@channels,channels", "says its layout twice"),
+    ],
+)
+def test_texts_that_are_no_site(sd, sae, text, sentence):
+    with pytest.raises(InputError, match=sentence):
+        Site.of(text)
+    with pytest.raises(InputError, match=sentence):
+        sd.pipe.load_sae(sae, text)
+    with pytest.raises(InputError, match=sentence), sd.pipe.capture([text]):
+        pass
+
+
+def test_a_text_is_not_a_path():
+    with pytest.raises(InputError, match="pass Site.of\\('unet.mid_block@input'\\)"):
+        Site("unet.mid_block@input")
+    with pytest.raises(InputError, match="pass Site.of"):
+        Site.of({"path": "unet.mid_block@input", "kind": "input"})
+
+
+def test_an_sae_is_loaded_by_a_text(sd, sae):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sd.pipe.load_sae(sae, f"{SITE}@update")
+    assert sd.pipe.get_list_saes()["default_0"]["site"] == f"{SITE}@update"
+
+
+def test_an_sae_that_says_its_site_by_a_text(sd, sae):
+    sae.register_to_config(provenance={"site": f"{SITE}@input"})
+    sd.pipe.load_sae(sae)
+    assert sd.pipe.get_list_saes()["default_0"]["site"] == f"{SITE}@input"
 
 
 @pytest.mark.parametrize("wrong", [{"kind": "outside"}, {"stream": "audio"}, {"layout": "rings"}])

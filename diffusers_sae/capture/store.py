@@ -58,6 +58,22 @@ def shard_name(i: int) -> str:
     return f"{i:06}.safetensors"
 
 
+def folder_of(folder: Path, site: Site) -> Path:
+    """Where a capture into a folder keeps a site: under the site's text, or where there is a store of it already, which
+    earlier versions named by the path as it was written."""
+    named = folder / str(site)
+    manifests = [named / MANIFEST, *sorted(folder.glob(f"*/{MANIFEST}"))]
+    return next((manifest.parent for manifest in manifests if _site_in(manifest) == site), named)
+
+
+def _site_in(manifest: Path) -> Site | None:
+    """The site that a manifest is of, if it can be told."""
+    try:
+        return Site.of(json.loads(manifest.read_text())["site"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # an InputError is a ValueError
+        return None
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """What a store says of itself; raises `InputError` if it says nothing, or not all that it must."""
     file, remedy = folder / MANIFEST, f"delete {folder} and store the activations again"

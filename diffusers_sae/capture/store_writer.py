@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from ..checksums import sha256
 from ..disk import write_whole
 from ..errors import InputError
+from ..sites import Site
 from .descriptions import refuse_differences
 from .store import MANIFEST, check_shards, read_manifest, shard_name
 
@@ -31,7 +32,7 @@ class StoreWriter:
             old = read_manifest(folder)
             self._refuse_another(old)
             check_shards(folder, old, verify=True)
-            self._run = {**run, "model": old["model"]}  # wherever it lies now
+            self._run = {**run, "model": old["model"], "site": old["site"]}  # wherever it lies, however it is spelt now
             self._shards, self._complete = old["shards"], old["complete"]
         elif any(entry.name != f"{MANIFEST}.part" for entry in folder.iterdir()):
             raise InputError(f"{folder} is not empty and holds no store; choose another folder.")
@@ -43,7 +44,10 @@ class StoreWriter:
                 f"{self.folder} holds activations that an older version of diffusers_sae stored, without what their "
                 "run consisted of; choose another folder, or delete it."
             )
-        there, here = ({**run, "model": {**run["model"], "name": None}} for run in (old, self._run))
+        there, here = (
+            {**run, "model": {**run["model"], "name": None}, "site": str(Site.of(run["site"]))}
+            for run in (old, self._run)
+        )
         there = {name: value for name, value in there.items() if name not in ("complete", "shards")}
         refuse_differences(there, here, str(self.folder), "the store", "choose another folder, or delete it")
 

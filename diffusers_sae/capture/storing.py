@@ -17,7 +17,10 @@ from tqdm import tqdm
 from ..activations import SiteActivations
 from ..disk import hold_folder
 from ..errors import InputError
-from ..sites import LAYOUTS, Site
+from ..layouts import LAYOUTS
+from ..site_mapping import SiteMapping, distinct_sites
+from ..sites import Site, resolve
+from ..widths import check_update
 from .descriptions import (
     checked_prompts,
     describe,
@@ -26,7 +29,7 @@ from .descriptions import (
     describe_prompts,
 )
 from .places import random_places
-from .store import SCHEMA, ActivationStore
+from .store import SCHEMA, ActivationStore, folder_of
 from .store_writer import StoreWriter
 from .stream import STRENGTHS, StreamBatch, check_images, stream_activations
 from .text import KEEP
@@ -76,15 +79,15 @@ class StoreConfig:
 
 def store_activations(
     pipe: Any, sites: Sequence[Site | str], prompts: Iterable[str], folder: str | Path, config: StoreConfig, **call: Any
-) -> dict[str, ActivationStore]:
-    """Generate `config.images` images and keep what the sites hold, in `folder/<path of the site>`.
+) -> SiteMapping[ActivationStore]:
+    """Generate `config.images` images and keep what the sites hold, in `folder/<text of the site>`.
 
     All sites are filled in one pass, and the plan rests. With `images=` in `call`, one for each prompt, activations are
     those of the images with noise (see `stream_activations`), and nothing is generated.
 
     Every shard is whole or not there: a run that was
     stopped, by whatever means, goes on after its last whole shard and ends with the files that an undisturbed run
-    writes. `call` goes to the pipeline. Returns `{path: store}`.
+    writes. `call` goes to the pipeline. Returns `{site: store}`.
 
     Sites in text encoders are filled first, by the text encoders alone, one row for each token that is kept: the
     denoiser runs for other sites only. Their rows have the timestep 0.
@@ -93,32 +96,34 @@ def store_activations(
         InputError: if a site held a number that is not finite or exceeds the range of `config.dtype`, which is found
             before its batch is written, the folder holds another run's activations, or the disk has too little room.
     """
-    wanted = checked_prompts(prompts, config.images)
-    if config.tokens != "all" and not any(Site.of(site).is_text_encoder for site in sites):
+    places, wanted = distinct_sites(sites), checked_prompts(prompts, config.images)
+    if config.tokens != "all" and not any(at.is_text_encoder for at in places):
         raise InputError(f"tokens={config.tokens!r} is of text encoders, and no site lies in one; leave it out.")
     if "images" in call:
         check_images(pipe, call.get("strengths", STRENGTHS), call)
         if len(call["images"]) < config.images:
             raise InputError(f"There are {len(call['images'])} pictures for {config.images} images; give one for each.")
-    places = [Site.of(site) for site in sites]
     texts, others = [at for at in places if at.is_text_encoder], [at for at in places if not at.is_text_encoder]
+    for at in others:
+        check_update(resolve(pipe, at), at)
     encode = _text_arguments(pipe, texts, others, config, call) if texts else {}
     plans = [
         _Plan(texts, encode, partial(_text_batches, pipe, texts, wanted, config, encode)),
         _Plan(others, call, partial(_denoiser_batches, pipe, others, wanted, config, call)),
     ]
     pipeline, left = describe_pipeline(pipe), config.max_bytes
+    folders = {at: folder_of(Path(folder), at) for at in places}
     with ExitStack() as held:
-        for path in dict.fromkeys(at.path for at in places):
-            held.enter_context(hold_folder(Path(folder) / path))
+        for own in folders.values():
+            held.enter_context(hold_folder(own))
         writers = []
         for plan in plans:
-            runs = {at.path: _describe(pipe, pipeline, at, wanted, config, plan.call) for at in plan.sites}
-            writers.append({path: StoreWriter(Path(folder) / path, run) for path, run in runs.items()})
-        for plan, own in zip(plans, writers, strict=True):
-            _fill(Path(folder), own, plan.batches, config.images, left)
-            left = None if left is None else left - sum(writer.bytes for writer in own.values())
-    return {at.path: ActivationStore(Path(folder) / at.path, verify=False) for at in places}
+            runs = {at: _describe(pipe, pipeline, at, wanted, config, plan.call) for at in plan.sites}
+            writers.append({at: StoreWriter(folders[at], run) for at, run in runs.items()})
+        for plan, filled in zip(plans, writers, strict=True):
+            _fill(Path(folder), filled, plan.batches, config.images, left)
+            left = None if left is None else left - sum(writer.bytes for writer in filled.values())
+    return SiteMapping((at, ActivationStore(folders[at], verify=False)) for at in places)
 
 
 class _Plan(NamedTuple):
@@ -129,13 +134,13 @@ class _Plan(NamedTuple):
     batches: Callable[[int], Iterator[_Batch]]
 
 
-_Batch = tuple[int, int, dict[str, dict[str, torch.Tensor]]]
-"""The number of the first image, how many images, and `{path: tensors of a shard}`."""
+_Batch = tuple[int, int, dict[Site, dict[str, torch.Tensor]]]
+"""The number of the first image, how many images, and `{site: tensors of a shard}`."""
 
 
 def _fill(
     folder: Path,
-    writers: Mapping[str, StoreWriter],
+    writers: Mapping[Site, StoreWriter],
     batches: Callable[[int], Iterator[_Batch]],
     images: int,
     max_bytes: int | None,
@@ -147,14 +152,14 @@ def _fill(
             for first_image, count, tensors in batches(first):
                 if first_image == first:
                     _check_budget(folder, tensors, count, images - first, max_bytes)
-                for path, writer in writers.items():
+                for site, writer in writers.items():
                     if first_image >= writer.images:  # else it was written before the run was stopped
-                        writer.add(tensors[path], count)
+                        writer.add(tensors[site], count)
                 bar.update(count)
-    for path, writer in writers.items():
+    for site, writer in writers.items():
         if writer.rows == 0:
             writer.discard()
-            raise InputError(f"No prompt has a token that is kept at {path}; pass other prompts, or tokens='all'.")
+            raise InputError(f"No prompt has a token that is kept at {site}; pass other prompts, or tokens='all'.")
         writer.finish()
 
 
@@ -163,7 +168,7 @@ def _denoiser_batches(
 ) -> Iterator[_Batch]:
     size, seed = config.batch_size, config.seed
     for batch in stream_activations(pipe, sites, prompts, batch_size=size, seed=seed, skip=first, **call):
-        tensors = {at.path: _rows_of(batch, at.path, config) for at in sites}
+        tensors = {at: _rows_of(batch.sites[at], batch, config) for at in sites}
         yield batch.first_image, len(batch.prompts), tensors
 
 
@@ -188,8 +193,8 @@ def _text_batches(
 ) -> Iterator[_Batch]:
     read = TextRows(config.tokens, config.places, config.seed)
     for first_image, count, tensors in read.stream(pipe, sites, prompts, config.batch_size, first, encode):
-        for path, held in tensors.items():
-            held["rows"] = _cast(held["rows"], config.dtype, path)
+        for site, held in tensors.items():
+            held["rows"] = _cast(held["rows"], config.dtype, site)
         yield first_image, count, tensors
 
 
@@ -221,9 +226,8 @@ def _describe(
     }
 
 
-def _rows_of(batch: StreamBatch, path: str, config: StoreConfig) -> dict[str, torch.Tensor]:
+def _rows_of(seen: SiteActivations, batch: StreamBatch, config: StoreConfig) -> dict[str, torch.Tensor]:
     """What is kept of one batch, `rows (N, d)` and its labels `(N,)`, in the order image, timestep, branch, place."""
-    seen: SiteActivations = batch.sites[path]
     rows = LAYOUTS[seen.site.layout].to_rows(seen.tensor)  # (calls x rows, P, d)
     if rows.ndim != 3:
         shape = tuple(seen.tensor.shape)
@@ -238,7 +242,7 @@ def _rows_of(batch: StreamBatch, path: str, config: StoreConfig) -> dict[str, to
     missing = set(range(len(config.branches))) - set(branches.tolist())
     if missing:
         names = ", ".join(config.branches[i] for i in sorted(missing))
-        raise InputError(f"{path} held no rows of {names}; it held {', '.join(sorted(set(seen.branch)))}.")
+        raise InputError(f"{seen.site} held no rows of {names}; it held {', '.join(sorted(set(seen.branch)))}.")
     kept = [i for i, t in enumerate(seen.timestep.tolist()) if t in kept_steps and branches[i] >= 0]
     kept.sort(key=lambda i: int(images[i]))  # stable, so timesteps and branches keep their order
     count = rows.shape[1] if config.places is None else min(config.places, rows.shape[1])
@@ -248,7 +252,7 @@ def _rows_of(batch: StreamBatch, path: str, config: StoreConfig) -> dict[str, to
     )
     index = torch.tensor(kept)
     return {
-        "rows": _cast(rows[index[:, None], places].flatten(0, 1), config.dtype, path),
+        "rows": _cast(rows[index[:, None], places].flatten(0, 1), config.dtype, seen.site),
         "timestep": seen.timestep[index].float().repeat_interleave(count),
         "branch": branches[index].to(torch.uint8).repeat_interleave(count),
         "image": images[index].int().repeat_interleave(count),
@@ -256,24 +260,24 @@ def _rows_of(batch: StreamBatch, path: str, config: StoreConfig) -> dict[str, to
     }
 
 
-def _cast(rows: torch.Tensor, dtype: str, path: str) -> torch.Tensor:
+def _cast(rows: torch.Tensor, dtype: str, site: Site) -> torch.Tensor:
     """Rows `(N, d)` in the store's dtype; raises `InputError` if one is not finite, there or to begin with."""
     stored = rows.to(DTYPES[dtype])
     if torch.isfinite(stored).all():
         return stored
     if not torch.isfinite(rows).all():
-        raise InputError(f"{path} held numbers that are not finite; run the pipeline in fp32 or bfloat16.")
+        raise InputError(f"{site} held numbers that are not finite; run the pipeline in fp32 or bfloat16.")
     largest, limit = float(rows.abs().max()), torch.finfo(stored.dtype).max
     raise InputError(
-        f"{path} held {largest:,.0f}, and {dtype} ends at {limit:,.0f}; store with dtype='bfloat16' or 'float32'."
+        f"{site} held {largest:,.0f}, and {dtype} ends at {limit:,.0f}; store with dtype='bfloat16' or 'float32'."
     )
 
 
 def _check_budget(
-    folder: Path, tensors: Mapping[str, Mapping[str, torch.Tensor]], images: int, left: int, max_bytes: int | None
+    folder: Path, tensors: Mapping[Site, Mapping[str, torch.Tensor]], images: int, left: int, max_bytes: int | None
 ) -> None:
     """Log what the run will take on the disk, before it writes anything; raise `InputError` if it is too much."""
-    size = sum(tensor.nbytes for site in tensors.values() for tensor in site.values())
+    size = sum(tensor.nbytes for held in tensors.values() for tensor in held.values())
     needed = -(-size * left // images)
     free = shutil.disk_usage(folder).free
     log.info("%s images take %.2f GB in %s, where %.2f GB are free.", left, needed / 1e9, folder, free / 1e9)

@@ -13,6 +13,7 @@ import torch
 from ..activations import AllSeen, SiteActivations
 from ..errors import InputError
 from ..families import denoiser_of, family_of
+from ..site_mapping import SiteMapping, distinct_sites
 from ..sites import Site
 from .calls import CAPTURE_SETS, arguments_refused_by, check_call
 
@@ -29,18 +30,18 @@ class StreamBatch:
 
     prompts: list[str]
     first_image: int
-    sites: dict[str, SiteActivations]
+    sites: SiteMapping[SiteActivations]
 
-    def rows(self, path: str, branch: str = "cond") -> tuple[torch.Tensor, torch.Tensor]:
+    def rows(self, site: Site | str, branch: str = "cond") -> tuple[torch.Tensor, torch.Tensor]:
         """Rows `(T, images, P, d)` in fp32 of one branch, and the timesteps `(T,)`."""
-        site = self.sites[path]
-        keep = [b == branch for b in site.branch]
+        held = self.sites[site]
+        keep = [b == branch for b in held.branch]
         if not any(keep):
             raise InputError(
-                f"{path} held no rows of the branch {branch!r}; it held {', '.join(sorted(set(site.branch)))}."
+                f"{held.site} held no rows of the branch {branch!r}; it held {', '.join(sorted(set(held.branch)))}."
             )
-        rows = site.rows(branch=branch).float()
-        timesteps = site.timestep[torch.tensor(keep)]
+        rows = held.rows(branch=branch).float()
+        timesteps = held.timestep[torch.tensor(keep)]
         n = len(self.prompts)
         return rows.view(-1, n, *rows.shape[1:]), timesteps[::n]
 
@@ -73,6 +74,7 @@ def stream_activations(
     Where the denoiser is called once, it runs no further than to the last of the sites: for h-space
     (`unet.mid_block`), without the up blocks.
     """
+    places = distinct_sites(sites)
     once = first_step_only or images is not None
     taken = ("callback_on_step_end",) * once + ("image", "strength") * (images is not None)
     check_call(pipe, call, (*CAPTURE_SETS, *taken))
@@ -84,8 +86,8 @@ def stream_activations(
     first = skip
     while batch := list(islice(stream, batch_size)):
         n = len(batch)
-        with pipe.capture(sites) as activations:
-            activations.once = once and _one_call_sees_all(pipe, sites)
+        with pipe.capture(places) as activations:
+            activations.once = once and _one_call_sees_all(pipe, places)
             owns: list[dict[str, Any]] = [{}]
             if images is not None:
                 noised = _images_from(images, first, n)
@@ -98,17 +100,17 @@ def stream_activations(
                 except AllSeen:
                     pipe.maybe_free_model_hooks()  # the last thing that a pipeline does
         if images is not None:
-            for site in activations.values():
-                site.count_images_anew(n)
-        yield StreamBatch(batch, first, dict(activations))
+            for held in activations.values():
+                held.count_images_anew(n)
+        yield StreamBatch(batch, first, activations)
         first += n
 
 
-def _one_call_sees_all(pipe: Any, sites: Sequence[Site | str]) -> bool:
+def _one_call_sees_all(pipe: Any, sites: Sequence[Site]) -> bool:
     """Whether all sites lie in the denoiser, which is called for all branches at once, and may be left by an exception:
     a compiled one may not."""
     name, denoiser = denoiser_of(pipe)
-    inside = all(Site.of(site).path.startswith(f"{name}.") for site in sites)
+    inside = all(site.path.startswith(f"{name}.") for site in sites)
     compiled = any(module._compiled_call_impl is not None for module in denoiser.modules())
     return inside and not compiled and not hasattr(denoiser, "_orig_mod") and not family_of(pipe).in_turn
 

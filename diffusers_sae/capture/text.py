@@ -14,7 +14,10 @@ import torch
 from ..context import Context, TextContext
 from ..errors import InputError
 from ..hooks import CaptureHook
-from ..sites import LAYOUTS, Site, resolve
+from ..layouts import LAYOUTS
+from ..site_mapping import SiteMapping, distinct_sites
+from ..sites import Site, resolve
+from ..widths import check_update
 
 KEEP: dict[str, Callable[[torch.Tensor, Any], torch.Tensor]] = {
     "words": lambda ids, tokenizer: ~_special(ids, tokenizer),
@@ -60,7 +63,7 @@ def check_sites(pipe: Any, sites: Sequence[Site], keep: str) -> None:
     """Raise `InputError` unless these sites of text encoders have tokens as rows, and `keep` chooses among those."""
     for at in sites:
         tokenizer_of(pipe, at)
-        resolve(pipe, at)
+        check_update(resolve(pipe, at), at)
         if at.layout != "positions":
             raise InputError(f"The rows of {at} are no tokens; use layout='positions'.")
     if keep not in KEEP:
@@ -85,7 +88,7 @@ def stream_prompts(
     """
     at = Site.of(site)
     for batch in stream_prompts_at(pipe, [at], prompts, batch_size=batch_size, keep=keep, **encode):
-        yield batch[at.path]
+        yield batch[at]
 
 
 def stream_prompts_at(
@@ -97,37 +100,36 @@ def stream_prompts_at(
     keep: str = "words",
     steered: bool = True,
     **encode: Any,
-) -> Iterator[dict[str, TokenActivations]]:
-    """`stream_prompts` for several sites, in one text encoder or in several, in one pass: `{path: what it held}`.
+) -> Iterator[SiteMapping[TokenActivations]]:
+    """`stream_prompts` for several sites, in one text encoder or in several, in one pass: `{site: what it held}`.
 
     Without `steered`, the plan rests while they run.
     """
-    places = [Site.of(site) for site in sites]
+    places = distinct_sites(sites)
     check_sites(pipe, places, keep)
-    tokenizers = {at.path: tokenizer_of(pipe, at) for at in places}
     if isinstance(prompts, str):
         raise InputError(f"prompts takes a list of prompts; pass [{prompts!r}].")
     modules, stream, state = [resolve(pipe, at) for at in places], iter(prompts), pipe._steering
     while batch := list(islice(stream, batch_size)):
         if not all(isinstance(prompt, str) for prompt in batch):
             raise InputError("A prompt is no string; pass a list of strings.")
-        seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        seen: dict[Site, tuple[torch.Tensor, torch.Tensor]] = {}
 
         def take(site: Site, x: torch.Tensor, context: Context, seen: dict = seen) -> None:
             assert isinstance(context, TextContext)
-            if site.path not in seen:  # later calls would be of negative prompts
-                seen[site.path] = LAYOUTS[site.layout].to_rows(x).detach().cpu(), context.ids.cpu()
+            if site not in seen:  # later calls would be of negative prompts
+                seen[site] = LAYOUTS[site.layout].to_rows(x).detach().cpu(), context.ids.cpu()
 
         hooks = [(place, CaptureHook(at, take, lambda: state.armed)) for place, at in zip(modules, places, strict=True)]
         with nullcontext() if steered else state.unsteered(), state.attached(hooks), state.reading(pipe):
             _encode(pipe, batch, encode)
         read = {}
         for at in places:
-            tensor, ids = seen.get(at.path, (torch.empty(0), torch.empty(0)))
+            tensor, ids = seen.get(at, (torch.empty(0), torch.empty(0)))
             if len(tensor) != len(batch):
                 raise InputError(f"{at} did not run once for every prompt in {type(pipe).__name__}.encode_prompt.")
-            read[at.path] = TokenActivations(at, batch, tensor, ids, KEEP[keep](ids, tokenizers[at.path]))
-        yield read
+            read[at] = TokenActivations(at, batch, tensor, ids, KEEP[keep](ids, tokenizer_of(pipe, at)))
+        yield SiteMapping(read)
 
 
 def read_prompts(pipe: Any, site: Site | str, prompts: Iterable[str], **options: Any) -> TokenActivations:

@@ -32,9 +32,9 @@ class TextRows(NamedTuple):
 
     def stream(
         self, pipe: Any, sites: Sequence[Site], prompts: Sequence[str], batch_size: int, skip: int, encode: Mapping
-    ) -> Iterator[tuple[int, int, dict[str, dict[str, torch.Tensor]]]]:
+    ) -> Iterator[tuple[int, int, dict[Site, dict[str, torch.Tensor]]]]:
         """For each batch of prompts from the one numbered `skip` on: the first one's number, how many they are, and
-        `{path: tensors}`, where the tensors are `rows (N, d)` and the labels `(N,)` of each: `timestep` and `branch`,
+        `{site: tensors}`, where the tensors are `rows (N, d)` and the labels `(N,)` of each: `timestep` and `branch`,
         which are 0, `image`, the number of the prompt, `place`, the token's position, and `token`, its id. The plan
         rests while they are read.
         """
@@ -44,7 +44,7 @@ class TextRows(NamedTuple):
         )
         for read in stream:
             count = len(next(iter(read.values())).prompts)
-            yield first, count, {path: self._tensors(held, first) for path, held in read.items()}
+            yield first, count, {site: self._tensors(held, first) for site, held in read.items()}
             first += count
 
     def _tensors(self, held: TokenActivations, first: int) -> dict[str, torch.Tensor]:

@@ -21,7 +21,9 @@ def capture(
     model: Annotated[str, typer.Argument(help="Folder or hub repository of a diffusers pipeline, or emoji-sd.")],
     prompts: Annotated[Path, typer.Argument(help="Text file, a prompt a line; or .csv, .tsv, .json, .jsonl.")],
     out: Annotated[Path, typer.Option(help="Folder; every site gets a folder in it.")],
-    site: Annotated[list[str], typer.Option(help="Path of a site, such as unet.mid_block; once for each site.")],
+    site: Annotated[
+        list[str], typer.Option(help="Site, such as unet.mid_block or unet.mid_block@update,channels; once for each.")
+    ],
     column: Annotated[str, typer.Option(help="Column of the prompts in a table or in JSON.")] = "prompt",
     pictures: Annotated[
         Path | None, typer.Option(help="Folder of images, one for each prompt: noise is added, nothing is generated.")
@@ -86,9 +88,9 @@ def capture(
         pipe = pipe.to("cuda")
     stores = store_activations(pipe, site, lines, out, kept, **arguments, **noised)
     record(ctx, out)
-    for path, store in stores.items():
+    for at, store in stores.items():
         size = sum(shard["bytes"] for shard in store.manifest["shards"])
-        typer.echo(f"{path}: {len(store):,} rows of width {store.width}, {size / 1e9:.3f} GB, in {store.folder}")
+        typer.echo(f"{at}: {len(store):,} rows of width {store.width}, {size / 1e9:.3f} GB, in {store.folder}")
 
 
 def _image_to_image(pipe: Any) -> Any:

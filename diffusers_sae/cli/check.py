@@ -15,8 +15,10 @@ def check(
     model: Annotated[str, typer.Argument(help="Folder or hub repository of a pipeline, or emoji-sd.")],
     sae: Annotated[str, typer.Argument(help="SAE: hub repository, folder or weights file.")],
     prompt: Annotated[str, typer.Option(help="To generate from.")] = "a photo of a cat",
-    site: Annotated[str | None, typer.Option(help="Where to put it, if its files don't say.")] = None,
-    kind: Annotated[str | None, typer.Option(help="Of that site: output, input or update.")] = None,
+    site: Annotated[
+        str | None, typer.Option(help="Where to put it, if its files don't say, such as unet.mid_block@update.")
+    ] = None,
+    kind: Annotated[str | None, typer.Option(help="Of a site by its path: output, input or update.")] = None,
     subfolder: Annotated[str | None, typer.Option(help="Of the SAE.")] = None,
     steps: Annotated[int, typer.Option(help="Steps of the denoising.")] = 20,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; the pipeline's by default.")] = None,

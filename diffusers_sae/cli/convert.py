@@ -26,8 +26,10 @@ def convert(
     to: Annotated[str, typer.Option(help="Layout to write: diffusers_sae, sparsify or sae_lens.")] = "diffusers_sae",
     subfolder: Annotated[str | None, typer.Option(help="Of the repository or folder.")] = None,
     weight_name: Annotated[str | None, typer.Option(help="Weights file, where there are several.")] = None,
-    site: Annotated[str | None, typer.Option(help="Site that it was trained at, if the files don't say.")] = None,
-    kind: Annotated[str | None, typer.Option(help="Of that site: output, input or update.")] = None,
+    site: Annotated[
+        str | None, typer.Option(help="Site that it was trained at, if the files don't say: unet.mid_block@update.")
+    ] = None,
+    kind: Annotated[str | None, typer.Option(help="Of a site by its path: output, input or update.")] = None,
     base_model: Annotated[str | None, typer.Option(help="Model that it was trained on, if they don't say.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="What else they leave out: k=32, again.")] = None,
 ) -> None:
@@ -71,11 +73,15 @@ def _written_whole(folder: Path) -> Iterator[Path]:
 
 def site_of(path: str | None, kind: str | None) -> Site | None:
     """The site of `--site` and `--kind`, if one is given; raises `InputError` for a kind without a site."""
-    from ..sites import Site
+    from ..sites import MARK, Site
 
     if path is None and kind is not None:
         raise InputError(f"--kind {kind} needs --site, whose kind it is; the kind of a site in the files stays.")
-    return None if path is None else Site(path, kind=kind or "output")
+    if path is None or kind is None:
+        return None if path is None else Site.of(path)
+    if MARK in path:
+        raise InputError(f"--kind {kind} is for a site by its path alone, not {path}; write the kind there.")
+    return Site(path, kind=kind)
 
 
 def settings_of(settings: list[str]) -> dict[str, Any]:

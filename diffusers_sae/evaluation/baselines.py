@@ -46,7 +46,9 @@ class WithErrorTerm(LoadedSAE):
         return lost if delta is None else delta + lost
 
 
-def load_with_error_term(pipe: Any, sae: SparseAutoencoder, site: str, adapter_name: str, error_term: str) -> None:
+def load_with_error_term(
+    pipe: Any, sae: SparseAutoencoder, site: Site | str, adapter_name: str, error_term: str
+) -> None:
     """`load_sae`, with one of `ERROR_TERMS`."""
     where = Site.of(site)
     place = resolve(pipe, where)

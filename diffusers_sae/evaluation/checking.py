@@ -12,8 +12,11 @@ from ..context import Context
 from ..errors import InputError
 from ..families import DENOISERS
 from ..hooks import CaptureHook
+from ..layouts import LAYOUTS
 from ..saes import SparseAutoencoder
-from ..sites import BLOCK_STREAMS, KINDS, LAYOUTS, STREAMS, Place, Site, resolve, row_width_of
+from ..site_mapping import SiteMapping
+from ..sites import BLOCK_STREAMS, KINDS, STREAMS, Place, Site, resolve
+from ..widths import changes_size, row_width_of
 from .reconstruction import ReconstructionMeter
 
 PLACES = 64
@@ -55,7 +58,7 @@ class SAECheck:
     site: Site
     verdict: str
     expected_norm: float
-    candidates: dict[Site, CandidateFigures]
+    candidates: SiteMapping[CandidateFigures]
 
     @property
     def fits(self) -> bool:
@@ -79,7 +82,7 @@ class SAECheck:
         return "\n".join(lines)
 
 
-def check_sae(pipe: Any, sae: SparseAutoencoder, site: Site, prompt: Any = None, **call: Any) -> SAECheck:
+def check_sae(pipe: Any, sae: SparseAutoencoder, site: Site | str, prompt: Any = None, **call: Any) -> SAECheck:
     """Run the pipeline once, unsteered, and measure the SAE at its site and at the tensors nearby.
 
     Nearby are the module's output, input and update, its other stream, and the same of the nearest blocks of its class
@@ -94,6 +97,7 @@ def check_sae(pipe: Any, sae: SparseAutoencoder, site: Site, prompt: Any = None,
     Raises:
         InputError: the site does not exist, or did not run; or the pipeline takes no such call.
     """
+    site = Site.of(site)
     check_call(pipe, call, taken=("prompt",))
     sae.fetch()
     device = sae.W_dec.device
@@ -111,7 +115,7 @@ def check_sae(pipe: Any, sae: SparseAutoencoder, site: Site, prompt: Any = None,
             pipe(**arguments)
     finally:
         sae.to(device)
-    found = {each: meter.candidate() for each, meter in meters.items() if meter.varies}
+    found = SiteMapping((each, meter.candidate()) for each, meter in meters.items() if meter.varies)
     if not meters[site].finite:
         raise InputError(f"{site} held numbers that are not finite; run the pipeline in fp32 or bfloat16.")
     if site not in found:
@@ -147,8 +151,10 @@ def _neighbours(pipe: Any, site: Site) -> list[str]:
 
 
 def _could_have(place: Place, site: Site, width: int) -> bool:
+    if site.kind == "update" and changes_size(place):
+        return False
     known = row_width_of(place, site)
-    if known is not None and known != width and site.kind == "output":
+    if known is not None and known != width:
         return False
     if site.stream == "text":
         return BLOCK_STREAMS.get(type(place.module).__name__, (0, None))[1] is not None
@@ -189,24 +195,19 @@ class _Meter(ReconstructionMeter):
         )
 
 
-def _best(site: Site, found: dict[Site, CandidateFigures]) -> Site:
+def _best(site: Site, found: SiteMapping[CandidateFigures]) -> Site:
     best = min(found, key=lambda each: found[each].fvu)
     return best if found[best].fvu < BETTER * found[site].fvu else site
 
 
-def _verdict(site: Site, found: dict[Site, CandidateFigures]) -> str:
+def _verdict(site: Site, found: SiteMapping[CandidateFigures]) -> str:
     best, here = _best(site, found), found[site].fvu
     if best == site and here <= FITS:
         return f"The SAE fits {site}: FVU {here:.3f}, L0 {found[site].l0:.1f}."
     if found[best].fvu <= FITS:
-        told = ", ".join(
-            f"{name}={value!r}"
-            for name, value in best.as_dict().items()
-            if name == "path" or value != getattr(Site(best.path), name)
-        )
         return (
             f"This SAE was not trained on {site} but on {best}: FVU {here:.3f} against {found[best].fvu:.3f}; "
-            f"load it with site=Site({told})."
+            f"load it with site={str(best)!r}."
         )
     return (
         f"The SAE fits nothing that was tried: FVU {here:.3f} at {site}, and at best {found[best].fvu:.3f} at {best}; "

@@ -17,9 +17,11 @@ from ..capture import stream_activations
 from ..disk import write_whole
 from ..errors import InputError
 from ..saes import SparseAutoencoder
+from ..site_mapping import SiteMapping
 from ..sites import Site
 from ..strengths import StrengthMap, StrengthTable
 from .packing import pack, unpack
+from .trained_sites import by_trained_site, check_grids
 
 FILE = "concepts.safetensors"
 SCORES = ("activity", "places", "effect")
@@ -30,7 +32,7 @@ OLD_UNIT = "effect_unit"
 @torch.no_grad()
 def concept_activity(
     pipe: Any,
-    saes: Mapping[str, SparseAutoencoder],
+    saes: Mapping[Site | str, SparseAutoencoder],
     labelled: Sequence[tuple[str, Sequence[str]]],
     groups: Mapping[str, str],
     *,
@@ -38,20 +40,20 @@ def concept_activity(
     batch_size: int = 16,
     seed: int = 0,
     **call: Any,
-) -> dict[str, ConceptScores]:
+) -> SiteMapping[ConceptScores]:
     """Mean activity of every latent on every concept at every timestep, for all sites in one pass.
 
     The plan rests meanwhile: scores are of the unsteered model.
 
     Args:
-        saes: `{path of the site: SAE}`.
+        saes: `{site: SAE}`; of a path alone, kind and stream are those that the SAE was trained at, if it says so.
         labelled: prompts, each with the concepts that its image shows.
         groups: `{concept: what it is a value of}`.
         call: goes to the pipeline (`num_inference_steps`, `guidance_scale`, ...).
 
     Raises:
-        InputError: a concept that no prompt shows, an SAE of another kind, stream or layout than what is read here, or
-            codes that are not finite.
+        InputError: a concept that no prompt shows, a site whose rows are no places of an image, or codes that are not
+            finite.
     """
     names = tuple(groups)
     member = torch.tensor([[float(name in concepts) for name in names] for _, concepts in labelled])  # (images, C)
@@ -59,29 +61,19 @@ def concept_activity(
     unseen = [name for name, count in zip(names, counts.tolist(), strict=True) if count == 0]
     if unseen:
         raise InputError(f"No prompt shows {', '.join(unseen)}; add some, or leave those concepts out.")
-    for path, sae in saes.items():
-        _check_has_grid(path, sae)
-    tallies = {path: _Tally() for path in saes}
+    at = by_trained_site(saes)
+    check_grids(at)
+    tallies = {site: _Tally() for site in at}
     stream = stream_activations(
-        pipe, list(saes), [prompt for prompt, _ in labelled], batch_size=batch_size, seed=seed, **call
+        pipe, list(at), [prompt for prompt, _ in labelled], batch_size=batch_size, seed=seed, **call
     )
     for batch in tqdm(stream, total=-(-len(labelled) // batch_size), desc="concepts", mininterval=5):
         shown = member[batch.first_image : batch.first_image + len(batch.prompts)]
-        for path, sae in saes.items():
-            rows, timesteps = batch.rows(path, branch)
-            tallies[path].add(sae, rows, shown)
-            tallies[path].grid = batch.sites[path].grid
-    return {path: tally.scores(groups, timesteps, counts) for path, tally in tallies.items()}
-
-
-def _check_has_grid(path: str, sae: SparseAutoencoder) -> None:
-    """Raise `InputError` unless rows of the SAE's site are places of an image, in the tensor that is read here."""
-    trained = sae.provenance.get("site")
-    site = Site(path) if trained is None else Site.of(trained)
-    if site.path == Site(path).path and site != Site(path):
-        raise InputError(f"The SAE is for {site}, and concept scores are read at {path}, output, image and positions.")
-    if Site(path).has_tokens:
-        raise InputError(f"The rows of {path} are tokens and no places of an image; choose a block of the denoiser.")
+        for site, sae in at.items():
+            rows, timesteps = batch.rows(site, branch)
+            tallies[site].add(sae, rows, shown)
+            tallies[site].grid = batch.sites[site].grid
+    return SiteMapping((site, tally.scores(groups, timesteps, counts)) for site, tally in tallies.items())
 
 
 class _Tally:

@@ -18,7 +18,10 @@ from ..disk import write_whole
 from ..errors import InputError
 from ..rules import Rule
 from ..saes import SparseAutoencoder
+from ..site_mapping import SiteMapping
+from ..sites import Site
 from .bounds import midway
+from .trained_sites import by_trained_site
 
 FILE = "detectors.safetensors"
 HELD_OUT = 0.25
@@ -93,14 +96,14 @@ def _check_stored(concepts: Any, weights: torch.Tensor, bounds: torch.Tensor, ac
 @torch.no_grad()
 def concept_detectors(
     pipe: Any,
-    saes: Mapping[str, SparseAutoencoder],
+    saes: Mapping[Site | str, SparseAutoencoder],
     labelled: Sequence[tuple[str, Sequence[str]]],
     concepts: Iterable[str],
     *,
     batch_size: int = 16,
     seed: int = 0,
     **call: Any,
-) -> dict[str, ConceptDetectors]:
+) -> SiteMapping[ConceptDetectors]:
     """Detectors for `{site: SAE}` from the first denoising step of labelled prompts; no image is finished for them.
 
     A concept's direction is the ridge regression of its label on the standardised mean code, fitted on three quarters
@@ -108,6 +111,7 @@ def concept_detectors(
     the rest. Latents that are the same for all prompts are not read. The plan rests meanwhile.
 
     Args:
+        saes: of a path alone, kind, stream and layout are those that the SAE was trained at, if it says so.
         labelled: prompts, each with the concepts that it names.
         call: goes to the pipeline (`num_inference_steps`, `guidance_scale`, ...).
 
@@ -124,19 +128,20 @@ def concept_detectors(
         unseen = [name for c, name in enumerate(names) if not all((part[:, c] == wanted).any() for part in parts)]
         if unseen:
             raise InputError(f"Too few prompts {few} {', '.join(unseen)}; add some, or leave those concepts out.")
-    codes: dict[str, list[torch.Tensor]] = {site: [] for site in saes}
+    at = by_trained_site(saes)
+    codes: dict[Site, list[torch.Tensor]] = {site: [] for site in at}
     stream = stream_activations(
-        pipe, list(saes), [prompt for prompt, _ in labelled], batch_size=batch_size, seed=seed,
+        pipe, list(at), [prompt for prompt, _ in labelled], batch_size=batch_size, seed=seed,
         first_step_only=True, **call,
     )  # fmt: skip
     for batch in tqdm(stream, total=-(-len(labelled) // batch_size), desc="detectors", mininterval=5):
-        for site, sae in saes.items():
+        for site, sae in at.items():
             rows = batch.rows(site)[0][0].to(sae.W_dec.device)
             codes[site].append(sae.encode(rows).float().mean(1).cpu())  # (images, n)
     for site, each in codes.items():
         if not all(torch.isfinite(code).all() for code in each):
             raise InputError(f"Codes of {site} are not finite; see whether the pipeline overflows in its dtype.")
-    return {site: _fit(torch.cat(code), labels, fitted, names) for site, code in codes.items()}
+    return SiteMapping((site, _fit(torch.cat(code), labels, fitted, names)) for site, code in codes.items())
 
 
 def _fit(codes: torch.Tensor, labels: torch.Tensor, fitted: int, names: tuple[str, ...]) -> ConceptDetectors:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -20,8 +20,12 @@ from ..context import Context
 from ..errors import InputError
 from ..families import denoiser_of
 from ..hooks import CaptureHook
+from ..layouts import LAYOUTS
 from ..saes import SparseAutoencoder
-from ..sites import LAYOUTS, Place, Site, input_of, resolve, tensor_of, with_input, with_tensor
+from ..site_mapping import SiteMapping
+from ..sites import Place, Site, input_of, resolve, tensor_of, update_of, with_input, with_tensor
+from ..widths import check_update
+from .trained_sites import by_trained_site
 
 OWN_ARGUMENTS = ("prompt", "negative_prompt", "generator", "output_type")
 """Arguments of the pipeline that `concept_effect` sets."""
@@ -30,13 +34,13 @@ OWN_ARGUMENTS = ("prompt", "negative_prompt", "generator", "output_type")
 @torch.no_grad()
 def concept_effect(
     pipe: Any,
-    saes: Mapping[str, SparseAutoencoder],
+    saes: Mapping[Site | str, SparseAutoencoder],
     prompts: Sequence[str],
     neutral: Sequence[str],
     *,
     seed: int = 0,
     **call: Any,
-) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+) -> tuple[SiteMapping[torch.Tensor], torch.Tensor]:
     """Effect of every latent at every timestep, `{site: (T, n)}`, averaged over images, and the timesteps `(T,)`.
 
     The unit is the share of the concept's push: 1 if a latent alone made the whole difference between the predictions.
@@ -44,8 +48,8 @@ def concept_effect(
     unsteered model.
 
     Args:
-        saes: `{path of the site: SAE}`; kind, stream and layout are those that the SAE was trained at, if it says so.
-            All sites share the generation and the backward pass.
+        saes: `{site: SAE}`; of a path alone, kind, stream and layout are those that the SAE was trained at, if it says
+            so. All sites share the generation and the backward pass.
         prompts, neutral: prompts with the concept, and the same ones without it, in the same order.
         call: goes to the pipeline (`num_inference_steps`, `guidance_scale`, ...); guidance must be on.
 
@@ -54,20 +58,20 @@ def concept_effect(
             without guidance, or a pipeline that takes no negative prompts.
     """
     _check_call(pipe, prompts, neutral, call)
-    sites = {path: _site_of(path, sae) for path, sae in saes.items()}
-    places = {path: _place_of(pipe, site) for path, site in sites.items()}
-    tracked = {path: (sites[path], place.module) for path, place in places.items()}
+    at = by_trained_site(saes)
+    places = {site: _place_of(pipe, site) for site in at}
+    modules = {site: place.module for site, place in places.items()}
     denoiser = next(iter(places.values())).root
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
-    with _recorded_calls(pipe, sites, places) as calls:
+    with _recorded_calls(pipe, places) as calls:
         pipe(prompt=list(prompts), negative_prompt=list(neutral), generator=generators, output_type="latent", **call)
-    effects: dict[str, list[torch.Tensor]] = {path: [] for path in saes}
+    effects: dict[Site, list[torch.Tensor]] = {site: [] for site in at}
     timesteps = []
     for step in _guided_steps(calls):
         timesteps.append(step.timestep)
-        for path, (rows, gradient) in _gradients(denoiser, tracked, step).items():
-            effects[path].append(_effect(saes[path], rows, gradient, sites[path]))
-    return {path: torch.stack(each) for path, each in effects.items()}, torch.tensor(timesteps)
+        for site, (rows, gradient) in _gradients(denoiser, modules, step).items():
+            effects[site].append(_effect(at[site], rows, gradient, site))
+    return SiteMapping((site, torch.stack(each)) for site, each in effects.items()), torch.tensor(timesteps)
 
 
 def _check_call(pipe: Any, prompts: Sequence[str], neutral: Sequence[str], call: Mapping[str, Any]) -> None:
@@ -84,17 +88,11 @@ def _check_call(pipe: Any, prompts: Sequence[str], neutral: Sequence[str], call:
             raise InputError(f"{name} is set by concept_effect itself; leave it out.")
 
 
-def _site_of(path: str, sae: SparseAutoencoder) -> Site:
-    """The site that an SAE was trained at, if it has this path, else the output there."""
-    trained = sae.provenance.get("site")
-    site = Site(path) if trained is None else Site.of(trained)
-    return site if site.path == Site(path).path else Site(path)
-
-
 def _place_of(pipe: Any, site: Site) -> Place:
     place = resolve(pipe, site)
     if place.root_name != denoiser_of(pipe)[0] or place.is_argument:
         raise InputError(f"{site} is no block of the denoiser, so that it has no effect at each step; choose one.")
+    check_update(place, site)
     return place
 
 
@@ -124,11 +122,14 @@ class _GuidedStep(NamedTuple):
 
 
 @contextmanager
-def _recorded_calls(pipe: Any, sites: Mapping[str, Site], places: Mapping[str, Place]) -> Iterator[list[_Call]]:
+def _recorded_calls(pipe: Any, places: Mapping[Site, Place]) -> Iterator[list[_Call]]:
     """All calls of the denoiser inside the `with` block, in which the plan rests."""
     state, calls = pipe._steering, []  # type: ignore[var-annotated]
-    # hooks that take nothing, so that the context of the run is kept
-    hooks = [(places[path], CaptureHook(site, _take_nothing, lambda: state.armed)) for path, site in sites.items()]
+    # hooks that take nothing, so that the context of the run is kept: of outputs, since there may be no update
+    hooks = [
+        (place, CaptureHook(replace(site, kind="output"), _take_nothing, lambda: state.armed))
+        for site, place in places.items()
+    ]
 
     def record(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         context = hooks[0][1].context
@@ -174,16 +175,16 @@ class _Tracked:
 
 
 def _gradients(
-    denoiser: nn.Module, sites: Mapping[str, tuple[Site, nn.Module]], step: _GuidedStep
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    denoiser: nn.Module, modules: Mapping[Site, nn.Module], step: _GuidedStep
+) -> dict[Site, tuple[torch.Tensor, torch.Tensor]]:
     """What each site holds for the prompts with the concept, and the gradient there, as rows `(images, P, d)` in fp32.
 
     Differentiated is the projection of the prediction onto (concept - neutral), as a share of its length.
     """
-    with torch.enable_grad(), _tracking(sites) as tracked:
+    with torch.enable_grad(), _tracking(modules) as tracked:
         output = _prediction(denoiser, step.concept)
     without = output.detach() if step.concept is step.neutral else _prediction(denoiser, step.neutral)
-    missing = [str(site) for path, (site, _) in sites.items() if path not in tracked]
+    missing = [str(site) for site in modules if site not in tracked]
     if missing:
         raise InputError(f"{missing[0]} did not run; choose another block.")
     cond = step.concept.part(output, "cond")
@@ -198,9 +199,9 @@ def _gradients(
     gradients = torch.autograd.grad(output, shifts, weights, materialize_grads=True)
     share = torch.where(square > 0, largest / square, 0.0)[:, None, None]
     found = {}
-    for (path, each), gradient in zip(tracked.items(), gradients, strict=True):
-        to_rows, part = LAYOUTS[sites[path][0].layout].to_rows, step.concept.part(each.x, "cond")
-        found[path] = to_rows(each.x[part]).float(), to_rows(gradient[part]).float() * share
+    for (site, each), gradient in zip(tracked.items(), gradients, strict=True):
+        to_rows, part = LAYOUTS[site.layout].to_rows, step.concept.part(each.x, "cond")
+        found[site] = to_rows(each.x[part]).float(), to_rows(gradient[part]).float() * share
     return found
 
 
@@ -230,33 +231,33 @@ def _effect(sae: SparseAutoencoder, x: torch.Tensor, gradient: torch.Tensor, sit
 
 
 @contextmanager
-def _tracking(sites: Mapping[str, tuple[Site, nn.Module]]) -> Iterator[dict[str, _Tracked]]:
+def _tracking(modules: Mapping[Site, nn.Module]) -> Iterator[dict[Site, _Tracked]]:
     """Collect what the sites hold, each with a shift of 0 to differentiate by; the graph begins at the first."""
-    tracked: dict[str, _Tracked] = {}
+    tracked: dict[Site, _Tracked] = {}
 
-    def shifted(path: str, x: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    def shifted(site: Site, x: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
         x = x if tracked else x.detach()
-        tracked[path] = _Tracked(seen.detach(), torch.zeros_like(x, requires_grad=True))
-        return x + tracked[path].shift
+        tracked[site] = _Tracked(seen.detach(), torch.zeros_like(x, requires_grad=True))
+        return x + tracked[site].shift
 
-    def before(path: str, site: Site, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def before(site: Site, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         x = input_of(args, kwargs, site.stream)
-        return with_input(args, kwargs, site.stream, shifted(path, x, x))
+        return with_input(args, kwargs, site.stream, shifted(site, x, x))
 
-    def after(path: str, site: Site, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+    def after(site: Site, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         x = tensor_of(output, module, site.stream)
-        seen = x - input_of(args, kwargs, site.stream) if site.kind == "update" else x
-        return with_tensor(output, shifted(path, x, seen), module, site.stream)
+        seen = update_of(x, input_of(args, kwargs, site.stream), site) if site.kind == "update" else x
+        return with_tensor(output, shifted(site, x, seen), module, site.stream)
 
     with ExitStack() as stack:
-        for path, (site, module) in sites.items():
+        for site, module in modules.items():
             if site.kind == "input":
                 handle = module.register_forward_pre_hook(
-                    lambda _, args, kwargs, path=path, site=site: before(path, site, args, kwargs), with_kwargs=True
+                    lambda _, args, kwargs, site=site: before(site, args, kwargs), with_kwargs=True
                 )
             else:
                 handle = module.register_forward_hook(
-                    lambda m, args, kwargs, output, path=path, site=site: after(path, site, m, args, kwargs, output),
+                    lambda m, args, kwargs, output, site=site: after(site, m, args, kwargs, output),
                     with_kwargs=True,
                 )
             stack.callback(handle.remove)

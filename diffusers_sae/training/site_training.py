@@ -14,6 +14,7 @@ from ..disk import append_to_log, cut_log
 from ..errors import InputError
 from ..saes import SparseAutoencoder
 from ..saes.precision import NO_SPREAD
+from ..sites import Site
 from .checkpoints import DELETE, check_contents
 from .config import TrainingConfig
 from .losses import fraction_of_variance_unexplained
@@ -93,8 +94,8 @@ class SAERun:
 class SiteTraining:
     """One site's shuffle buffer and the SAEs that learn from it."""
 
-    def __init__(self, path: str, runs: Mapping[str, SAERun], config: StreamingConfig) -> None:
-        self.path, self.runs, self._config = path, dict(runs), config
+    def __init__(self, site: Site, runs: Mapping[str, SAERun], config: StreamingConfig) -> None:
+        self.site, self.runs, self._config = site, dict(runs), config
         self._buffer: ShuffleBuffer | None = None
         self._generator = torch.Generator().manual_seed(config.seed)
         self._hardness: torch.Tensor | None = None
@@ -152,7 +153,7 @@ class SiteTraining:
         steps = int(config.images * count / rows.shape[1] * config.reuse / config.rows)
         if steps < 1:
             raise InputError(
-                f"images={config.images} give {config.images * count // rows.shape[1]} rows of {self.path}, too few "
+                f"images={config.images} give {config.images * count // rows.shape[1]} rows of {self.site}, too few "
                 f"for a step of rows={config.rows}; generate more images, or take fewer rows per step."
             )
         sample = rows.flatten(0, 2)[:: max(1, rows[..., 0].numel() // config.buffer)]
@@ -165,7 +166,7 @@ class SiteTraining:
         if not (finite.all() and torch.isfinite(further).all()):
             step = int((~finite).nonzero()[0]) if not finite.all() else 0
             raise InputError(
-                f"{self.path} held numbers that are not finite at step {step}; run the pipeline in fp32 or bfloat16."
+                f"{self.site} held numbers that are not finite at step {step}; run the pipeline in fp32 or bfloat16."
             )
 
     def _parts(self, rows: torch.Tensor, further: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

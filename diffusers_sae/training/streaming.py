@@ -19,6 +19,8 @@ from ..capture.descriptions import (
 from ..disk import hold_folder
 from ..errors import InputError
 from ..saes import SparseAutoencoder
+from ..site_mapping import distinct_sites
+from ..sites import Site
 from .checkpoints import CHECKPOINT, check_contents, check_run, read_checkpoint, write_checkpoint
 from .config import TrainingConfig
 from .site_training import SAERun, SiteTraining
@@ -38,14 +40,14 @@ class StreamedSAE:
         training: arguments of `TrainingConfig` that are its own.
     """
 
-    site: str
+    site: Site | str
     make: Callable[[int], SparseAutoencoder]
     training: Mapping[str, Any] = field(default_factory=dict)
 
 
 def train_on_stream(
     pipe: Any,
-    saes: Mapping[str, StreamedSAE | Callable[[int], SparseAutoencoder]],
+    saes: Mapping[Any, StreamedSAE | Callable[[int], SparseAutoencoder]],
     prompts: Iterable[str],
     config: StreamingConfig,
     folder: Path,
@@ -53,14 +55,15 @@ def train_on_stream(
     training: Mapping[str, Any] | None = None,
     trained: bool = False,
     **call: Any,
-) -> dict[str, SparseAutoencoder]:
+) -> dict[Any, SparseAutoencoder]:
     """Train SAEs on the activations of `config.images` generated images, all of them in one pass.
 
     SAEs of the same site share its shuffle buffer and see the same rows in the same order. The plan rests: activations
     are those of the unsteered model.
 
     Args:
-        saes: `{name: SAE}`; for one SAE a site, `{site: function of the width that gives it}` will do.
+        saes: `{name: SAE}`; for one SAE per site, `{site: function of the width that gives it}` will do. What is
+            returned has the same keys, and the log of each SAE its name, or the text of its site.
         trained: whether the SAEs are trained already.
         prompts: at least `config.images` prompts, of which the first are taken.
         folder: the checkpoint, and the log of each SAE. A run that was stopped, by whatever means, goes on from the
@@ -76,23 +79,35 @@ def train_on_stream(
     """
     wanted = checked_prompts(prompts, config.images)
     folder = Path(folder)
-    runs: dict[str, dict[str, SAERun]] = {}  # by site and name
-    for name, sae in saes.items():
-        asked = sae if isinstance(sae, StreamedSAE) else StreamedSAE(name, sae)
-        own = {**(training or {}), **asked.training}
+    asked = _named(saes)
+    runs: dict[Site, dict[str, SAERun]] = {}  # by site and name
+    for name, sae in asked.values():
+        own = {**(training or {}), **sae.training}
         _checked_training(own, config)
-        runs.setdefault(asked.site, {})[name] = SAERun(folder / f"{name}.jsonl", asked.make, own, trained)
+        runs.setdefault(Site.of(sae.site), {})[name] = SAERun(folder / f"{name}.jsonl", sae.make, own, trained)
     sites = {site: SiteTraining(site, each, config) for site, each in runs.items()}
     with hold_folder(folder):
         description = _describe(pipe, runs, wanted, config, trained, call)
         first = _restore(folder / CHECKPOINT, sites, description)
         _train(pipe, sites, wanted, config, folder, first, description, call)
-    return {name: runs[site][name].finished() for site in runs for name in runs[site]}
+    return {key: runs[Site.of(sae.site)][name].finished() for key, (name, sae) in asked.items()}
+
+
+def _named(saes: Mapping[Any, Any]) -> dict[Any, tuple[str, StreamedSAE]]:
+    """`{key: (name, SAE)}`; raises `InputError` if two SAEs have one name, or a site is a key twice."""
+    distinct_sites(key for key, sae in saes.items() if not isinstance(sae, StreamedSAE))
+    named: dict[Any, tuple[str, StreamedSAE]] = {}
+    for key, sae in saes.items():
+        given = sae if isinstance(sae, StreamedSAE) else StreamedSAE(Site.of(key), sae)
+        if str(key) in [name for name, _ in named.values()]:
+            raise InputError(f"Two SAEs are named {str(key)!r}; give each a name of its own.")
+        named[key] = str(key), given
+    return named
 
 
 def _train(
     pipe: Any,
-    sites: Mapping[str, SiteTraining],
+    sites: Mapping[Site, SiteTraining],
     prompts: list[str],
     config: StreamingConfig,
     folder: Path,
@@ -101,7 +116,7 @@ def _train(
     call: Mapping[str, Any],
 ) -> None:
     """Train on all images from `first` on, with logs and checkpoints."""
-    runs = {name: run for site in sites.values() for name, run in site.runs.items()}
+    runs = {name: run for own in sites.values() for name, run in own.runs.items()}
     for run in runs.values():
         run.cut_log(first)
     stream = stream_activations(
@@ -111,16 +126,16 @@ def _train(
         for batch in stream:
             done = batch.first_image + len(batch.prompts)
             further = _first_steps(pipe, batch, config, call) if config.first_steps else None
-            for path, site in sites.items():
-                rows, _ = batch.rows(path, config.branch)  # (T, images, P, d)
-                site.feed(rows, further.rows(path, config.branch)[0] if further else rows[:0])
+            for site, own in sites.items():
+                rows, _ = batch.rows(site, config.branch)  # (T, images, P, d)
+                own.feed(rows, further.rows(site, config.branch)[0] if further else rows[:0])
             bar.update(len(batch.prompts))
             bar.set_postfix({name: f"{run.figures.get('fvu', 0):.3f}" for name, run in runs.items()})
             due = done // config.checkpoint_every > batch.first_image // config.checkpoint_every
             if due or done == config.images:
                 for run in runs.values():  # before the checkpoint: what a kill leaves of it is cut
                     run.log(done)
-                state = {path: site.state_dict() for path, site in sites.items()}
+                state = {str(site): own.state_dict() for site, own in sites.items()}
                 write_checkpoint(folder / CHECKPOINT, {"run": description, "images": done, "sites": state})
 
 
@@ -134,7 +149,7 @@ def _checked_training(training: Mapping[str, Any], config: StreamingConfig) -> N
 
 def _describe(
     pipe: Any,
-    runs: Mapping[str, Mapping[str, SAERun]],
+    runs: Mapping[Site, Mapping[str, SAERun]],
     prompts: list[str],
     config: StreamingConfig,
     trained: bool,
@@ -145,7 +160,7 @@ def _describe(
     del streaming["checkpoint_every"]
     return {
         "config": streaming,
-        "saes": {path: sorted(each) for path, each in runs.items()},
+        "saes": {str(site): sorted(each) for site, each in runs.items()},
         "trained": trained,
         "prompts": describe_prompts(prompts),
         "call": describe_call(call, config.images),
@@ -153,15 +168,15 @@ def _describe(
     }
 
 
-def _restore(checkpoint: Path, sites: Mapping[str, SiteTraining], description: Mapping[str, Any]) -> int:
+def _restore(checkpoint: Path, sites: Mapping[Site, SiteTraining], description: Mapping[str, Any]) -> int:
     """Go on from the checkpoint, if there is one; returns how many images it has seen."""
     state = read_checkpoint(checkpoint)
     if state is None:
         return 0
     check_run(state, description, checkpoint, ("images", "sites"))
-    check_contents(state["sites"], list(sites), str(checkpoint))
-    for path, site in sites.items():
-        site.load_state_dict(state["sites"][path])
+    check_contents(state["sites"], [str(site) for site in sites], str(checkpoint))
+    for site, own in sites.items():
+        own.load_state_dict(state["sites"][str(site)])
     return state["images"]
 
 

@@ -9,8 +9,8 @@ import torch
 from kinds import KINDS
 
 from diffusers_sae.evaluation.beta_vae import train_beta_vae
+from diffusers_sae.layouts import LAYOUTS
 from diffusers_sae.saes import SparseAutoencoder
-from diffusers_sae.sites import LAYOUTS
 
 RANKS = (16, 48, 128, 512, 768, 1024, 1536)
 BETA, VAE_LATENTS, VAE_STEPS = 4.0, (16, 512), 150

@@ -20,8 +20,8 @@ from diffusers_sae.demo.pictures import Row, draw_grid
 from diffusers_sae.demo.shipped import generate, load_judge, look
 from diffusers_sae.demo.world import FACTORS, Scene
 from diffusers_sae.evaluation.paired import paired_t_test
+from diffusers_sae.layouts import LAYOUTS
 from diffusers_sae.saes import SparseAutoencoder
-from diffusers_sae.sites import LAYOUTS
 
 TO, ITERATIONS, KAPPA = 0.9, 2, 1000.0
 STRENGTH = SETTINGS["all steps from 0.9 T"].strength

@@ -16,8 +16,8 @@ from diffusers_sae import Directions, Inversion, Site, invert
 from diffusers_sae.demo.pictures import Row, draw_grid
 from diffusers_sae.demo.shipped import generate, load_judge, look
 from diffusers_sae.demo.world import FACTORS, Scene
+from diffusers_sae.layouts import LAYOUTS
 from diffusers_sae.saes import SparseAutoencoder
-from diffusers_sae.sites import LAYOUTS
 
 IMAGES, OBJECTS = 6, 10
 JUDGED = ("object", "style", "background")

@@ -17,8 +17,8 @@ from kinds import PATH, STEPS
 from diffusers_sae import Directions, Inversion, Site, invert
 from diffusers_sae.demo.pictures import Row, draw_grid
 from diffusers_sae.demo.shipped import generate, load_judge, look
+from diffusers_sae.layouts import LAYOUTS
 from diffusers_sae.saes import SparseAutoencoder
-from diffusers_sae.sites import LAYOUTS
 
 TO, ITERATIONS = 0.9, 2
 SHARES = (0.0, 0.5, 1.0)

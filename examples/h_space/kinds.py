@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from diffusers_sae import ChannelAwareSAE, Site, TopKSAE
+from diffusers_sae.layouts import LAYOUTS
 from diffusers_sae.saes import SparseAutoencoder
-from diffusers_sae.sites import LAYOUTS
 from diffusers_sae.training import SAETrainer, TrainingConfig
 
 PATH, AT, STEPS = "unet.mid_block", 0.7, 10

@@ -12,7 +12,7 @@ from conftest import SITE, Harness, Stop, file_limit
 from safetensors.torch import save_file
 from tiny import tiny_unet
 
-from diffusers_sae import InputError
+from diffusers_sae import InputError, Site
 from diffusers_sae.capture import ActivationStore, StoreConfig, store_activations, store_writer
 from diffusers_sae.checksums import sha256
 from diffusers_sae.disk import hold_folder
@@ -60,6 +60,96 @@ def test_rows_are_what_the_pipeline_held_and_know_where_from(finished, sd):
     one = ActivationStore(finished / SITE)
     assert len(one) == 5 * 3 * 2 * 64 and one.width == 8 and one.site.path == SITE
     assert one.manifest["call"] == CALL and one.manifest["config"]["branches"] == ["cond", "uncond"]
+
+
+SITES_OF_A_PATH = [SITE, f"{SITE}@input", f"{SITE}@update", f"{SITE}@channels", "unet.mid_block@update,vector"]
+
+
+def test_sites_of_one_path_are_stored_apart_as_each_is_alone(tmp_path):
+    pipe = Harness().pipe
+    stores = stored(tmp_path / "together", pipe=pipe, sites=SITES_OF_A_PATH)
+    assert sorted(folder.name for folder in (tmp_path / "together").iterdir()) == sorted(SITES_OF_A_PATH)
+    assert [store.site for store in stores.values()] == list(stores) == [Site.of(text) for text in SITES_OF_A_PATH]
+    for text in SITES_OF_A_PATH:
+        stored(tmp_path / "alone", pipe=pipe, sites=[text])
+        assert ActivationStore(tmp_path / "alone" / text).site == stores[text].site
+    assert files(tmp_path / "alone") == files(tmp_path / "together")
+    rows = [whole(stores[text])["rows"] for text in SITES_OF_A_PATH]
+    assert torch.equal(rows[0] - rows[1], rows[2]) and rows[3].shape[1] == 64
+
+
+def test_a_stopped_store_of_sites_of_one_path_goes_on(tmp_path, monkeypatch):
+    stored(tmp_path / "whole", sites=SITES_OF_A_PATH)
+    left, save = [7], store_writer.save_file
+
+    def stopping(*args, **kwargs):
+        left[0] -= 1
+        if left[0] == 0:
+            raise Stop
+        save(*args, **kwargs)
+
+    monkeypatch.setattr(store_writer, "save_file", stopping)
+    with pytest.raises(Stop):
+        stored(tmp_path / "stopped", sites=SITES_OF_A_PATH)
+    assert not all((tmp_path / "stopped" / text / "000001.safetensors").exists() for text in SITES_OF_A_PATH)
+    stored(tmp_path / "stopped", sites=SITES_OF_A_PATH[::-1])
+    assert files(tmp_path / "stopped") == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("site", "name"),
+    [
+        (Site(SITE, kind="input"), SITE),  # earlier versions named folders by the path alone
+        (Site("text_encoder.text_model.encoder.layers.0"), "text_encoder.text_model.encoder.layers.0"),
+    ],
+)
+def test_a_store_of_an_earlier_version_is_loaded_and_gone_on_with(tmp_path, monkeypatch, site, name):
+    call = {} if site.is_text_encoder else CALL
+    config = replace(CONFIG, branches=("cond",))
+    store_activations(Harness().pipe, [site], PROMPTS, tmp_path / "whole", config, **call)
+    save = store_writer.save_file
+
+    def stop_at_the_second(tensors, file):
+        if file.name.startswith("000001"):
+            raise Stop
+        save(tensors, file)
+
+    monkeypatch.setattr(store_writer, "save_file", stop_at_the_second)
+    with pytest.raises(Stop):
+        store_activations(Harness().pipe, [site], PROMPTS, tmp_path / "old", config, **call)
+    monkeypatch.setattr(store_writer, "save_file", save)
+    (tmp_path / "old" / str(site)).rename(tmp_path / "old" / name)
+    again = store_activations(Harness().pipe, [str(site)], PROMPTS, tmp_path / "old", config, **call)[site]
+    assert again.folder == tmp_path / "old" / name and again.site == site
+    assert files(again.folder) == files(tmp_path / "whole" / str(site))
+    assert [folder.name for folder in (tmp_path / "old").iterdir()] == [name]
+
+
+def test_the_store_of_another_kind_under_a_path_is_another_run(tmp_path):
+    """As an earlier version left it there."""
+    stored(tmp_path, sites=[f"{SITE}@input"])
+    (tmp_path / f"{SITE}@input").rename(tmp_path / SITE)
+    before = files(tmp_path)
+    with pytest.raises(InputError, match=f"site is {SITE}@input in the store and {SITE} here"):
+        stored(tmp_path, sites=[SITE])
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("sites", "sentence"),
+    [
+        ([SITE, SITE], "is named twice"),
+        ([SITE, f"{SITE}@output"], "is named twice"),
+        (["unet.up_blocks.1@update"], "unet.up_blocks.1@update does not exist"),
+        (["unet.mid_block", "unet.mid_blok"], "'unet.mid_blok' does not exist"),
+        (["../elsewhere"], "'../elsewhere' is not a site"),
+        (SITE, "Sites are passed as a list"),
+    ],
+)
+def test_sites_that_cannot_be_stored_write_nothing(tmp_path, sites, sentence):
+    with pytest.raises(InputError, match=sentence):
+        stored(tmp_path / "store", sites=sites)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_kept_can_be_thinned_and_does_not_depend_on_the_batch(tmp_path):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import Harness, random_sae
 
-from diffusers_sae import InputError
-from diffusers_sae.capture.text import read_prompts, stream_prompts
+from diffusers_sae import InputError, Site
+from diffusers_sae.capture.text import read_prompts, stream_prompts, stream_prompts_at
 
 LAYER = "text_encoder.encoder.layers.0"
 PATHS = {
@@ -31,6 +31,22 @@ def test_every_prompt_has_the_rows_that_a_run_of_its_own_has(kind):
             harness.run(prompt=prompt)
         held = activations[PATHS[kind]].rows("cond")[0]
         torch.testing.assert_close(read.tensor[i], held, atol=1e-5, rtol=1e-4)
+
+
+def test_sites_of_one_path_are_read_apart(sd):
+    texts = [LAYER, f"{LAYER}@input", f"{LAYER}@update", "text_encoder.encoder.layers.1"]
+    (together,) = stream_prompts_at(sd.pipe, texts, PROMPTS)
+    assert list(together) == [Site.of(text) for text in texts]
+    for text in texts:
+        alone = read_prompts(sd.pipe, text, PROMPTS)
+        assert alone.site == together[text].site == Site.of(text)
+        assert torch.equal(together[text].tensor, alone.tensor) and torch.equal(together[text].kept, alone.kept)
+    output, given, update = (together[text].tensor for text in texts[:3])
+    assert torch.equal(output - given, update) and torch.equal(output, together[LAYER].tensor)
+    with pytest.raises(InputError, match="is named twice"):
+        next(stream_prompts_at(sd.pipe, [LAYER, LAYER.replace("encoder.", "encoder.text_model.", 1)], PROMPTS))
+    with pytest.raises(InputError, match="fc2@update does not exist"):
+        next(stream_prompts_at(sd.pipe, [f"{LAYER}.mlp.fc2@update"], PROMPTS))
 
 
 def test_the_denoiser_does_not_run_and_its_edits_are_not_missed(sd):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import SITE, Harness, Stop, random_sae
 
-from diffusers_sae import InputError
+from diffusers_sae import InputError, Site
 from diffusers_sae.capture import ActivationStore, StoreConfig, store_activations
 from diffusers_sae.capture.text import read_prompts
 from diffusers_sae.capture.text_rows import text_arguments
@@ -45,7 +45,7 @@ def test_rows_are_those_of_the_tokens_that_are_asked_for(kind, tokens, tmp_path)
     config = StoreConfig(len(PROMPTS), batch_size=2, dtype="float32", tokens=tokens)
     length = {"max_sequence_length": 12} if kind in ("Flux", "Stable Diffusion 3", "PixArt-Sigma") else {}
     stores = store_activations(pipe, paths, PROMPTS, tmp_path, config, **length)
-    assert calls == [] and list(stores) == paths
+    assert calls == [] and list(stores) == [Site.of(path) for path in paths]
     for path, store in stores.items():
         read = [read_prompts(pipe, path, [p], keep=tokens, **text_arguments(pipe, length)) for p in PROMPTS]
         shards = [store.shard(i) for i in range(len(store.shard_rows))]
@@ -121,7 +121,7 @@ def test_denoiser_and_text_encoder_in_one_command(sd, tmp_path):
     store_activations(sd.pipe, [LAYER], PROMPTS, tmp_path / "text", StoreConfig(3, batch_size=2, tokens="words"))
     apart = StoreConfig(3, batch_size=2, timesteps=2)
     store_activations(sd.pipe, [SITE], PROMPTS, tmp_path / "image", apart, **call)
-    assert list(both) == [SITE, LAYER]
+    assert list(both) == [Site(SITE), Site(LAYER)]
     assert files_of(tmp_path / "both") == {**files_of(tmp_path / "text"), **files_of(tmp_path / "image")}
     assert len(both[SITE].shard(0)["timestep"].unique()) == 2
 

@@ -56,6 +56,10 @@ def folder(model, tmp_path, monkeypatch):
         (("model", "p.txt", "--call", '{"callback_on_step_end": "x"}'), "cannot be called like this"),
         (("model", "p.txt", "--site", "unet.mid_blok"), "'unet.mid_blok' does not exist"),
         (("model", "p.txt", "--site", "unet"), "'unet' cannot be steered as a whole"),
+        (("model", "p.txt", "--site", f"{SITE}@inptu"), "the nearest is 'input'"),
+        (("model", "p.txt", "--site", f"{SITE}@input,update"), "says its kind twice"),
+        (("model", "p.txt", "--site", "unet.conv_in@update"), "unet.conv_in@update does not exist"),
+        (("model", "p.txt", "--site", SITE, "--site", f"{SITE}@image"), "is named twice, as"),
         (("model", "p.txt", "--site", ""), "is not a site of StableDiffusionPipeline"),
         (("model", "p.txt", "--out", "p.txt/store"), "p.txt/store cannot be written, since"),
         (("model", "p.txt", "--out", "p.txt"), "p.txt cannot be written, since"),
@@ -131,6 +135,31 @@ def test_text_encoders_from_prompts_to_an_sae(command, folder):
     harness.pipe.steer(dict.fromkeys(range(24), 3.0), tokens=[1, 2])
     assert (harness.run() != bare).any()
     assert "| tokens | words |" in (folder / "sae" / "README.md").read_text()
+
+
+def test_two_kinds_of_one_path_from_prompts_to_saes(command, folder):
+    kinds = [f"{SITE}@input", f"{SITE}@update,channels"]
+    options = [word for kind in kinds for word in ("--site", kind)]
+    capture = ("capture", "model", "p.txt", *options, "--out", "store", "--batch-size", 1, "--call", CALL)
+    outcome = command(*capture)
+    assert outcome.code == 0
+    assert [line.partition(": ")[0] for line in outcome.out.splitlines()] == kinds
+    assert command(*capture).out == outcome.out  # it goes on where it was
+    for i, (kind, width) in enumerate(zip(kinds, (8, 64), strict=True)):
+        assert ActivationStore(folder / "store" / kind).width == width
+        train = ("--latents", 24, "--k", 2, "--rows", 16, "--steps", 5)
+        assert command("train", f"store/{kind}", "--out", f"sae{i}", *train).code == 0
+    harness = Harness()
+    for i in range(2):
+        harness.pipe.load_sae(folder / f"sae{i}")
+    assert [sae["site"] for sae in harness.pipe.get_list_saes().values()] == kinds
+
+
+def test_a_config_names_sites_by_their_text(command, folder):
+    (folder / "run.toml").write_text(f'site = ["{SITE}@channels,input", "{SITE}"]\nimages = 1\n')
+    outcome = command("capture", "model", "p.txt", "--out", "store", "--call", CALL, "--config", "run.toml")
+    assert outcome.code == 0
+    assert {path.name for path in (folder / "store").iterdir()} == {SITE, f"{SITE}@input,channels", "run.json"}
 
 
 def test_a_whole_captures_folder_is_no_store(command, folder):

@@ -282,6 +282,6 @@ def test_an_sae_is_checked_on_a_pipeline(monkeypatch, capsys):
     told = done(monkeypatch, capsys, *check)
     assert told.startswith(f"The SAE fits {site}: FVU 0.")
     told = done(monkeypatch, capsys, *check, "--site", site, "--kind", "update")
-    assert f"was not trained on {site} (update) but on {site}" in told.splitlines()[0]
+    assert f"was not trained on {site}@update but on {site}" in told.splitlines()[0]
     code, message = run(monkeypatch, capsys, *map(str, check), "--site", "unet.nowhere")
     assert code == 2 and "'unet.nowhere' does not exist" in message

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from conftest import file_limit, random_sae
 
-from diffusers_sae import load_sae
+from diffusers_sae import Site, load_sae
 from diffusers_sae.loaders.formats import FORMATS
 
 
@@ -78,3 +78,7 @@ def test_a_kind_is_of_a_site(command, sae_folder):
     assert not (sae_folder / "out").exists()
     assert command("convert", "sae", "out", "--site", "unet.mid_block", "--kind", "update").code == 0
     assert load_sae(sae_folder / "out").provenance["site"]["kind"] == "update"
+    twice = command("convert", "sae", "out2", "--site", "unet.mid_block@input", "--kind", "update")
+    assert twice.code == 2 and "--kind update is for a site by its path alone" in twice.err
+    assert command("convert", "sae", "out2", "--site", "unet.mid_block@channels,update").code == 0
+    assert Site.of(load_sae(sae_folder / "out2").provenance["site"]) == Site.of("unet.mid_block@update,channels")

@@ -47,8 +47,8 @@ def test_shipped_saes_fit_their_sites(pipe, path):
 def test_another_kind_of_tensor_is_told(pipe, path, kind):
     found = checked(pipe, MODELS / "saes" / path, Site(path, kind=kind))
     assert not found.fits and found.best == Site(path)
-    assert f"was not trained on {path} ({kind}) but on {path}" in found.verdict
-    assert found.verdict.endswith(f"load it with site=Site(path={path!r}).")
+    assert f"was not trained on {path}@{kind} but on {path}" in found.verdict
+    assert found.verdict.endswith(f"load it with site={path!r}.")
 
 
 @pytest.mark.parametrize("path", SITES)

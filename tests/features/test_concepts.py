@@ -9,10 +9,11 @@ from conftest import SITE, random_sae
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from diffusers_sae import Directions, InputError, TopKSAE
+from diffusers_sae import Directions, InputError, Site, TopKSAE
 from diffusers_sae.demo.shipped import MODELS, SITES
 from diffusers_sae.features.concepts import ConceptScores, concept_activity
 from diffusers_sae.features.packing import pack, unpack
+from diffusers_sae.sites import KINDS
 
 CALL = {"num_inference_steps": 2, "guidance_scale": 5.0, "height": 16, "width": 16}
 
@@ -305,18 +306,34 @@ def test_scores_that_do_not_fit_or_are_not_finite_are_refused(scores):
             ConceptScores(**{**arguments, name: value})
 
 
+def test_kinds_of_one_path_are_scored_apart(sd):
+    """An SAE by its path alone is scored at the kind that it was trained at."""
+    sites = [Site(SITE, kind=kind) for kind in KINDS]
+    sae, trained = random_sae(), random_sae(site=f"{SITE}@update")
+    groups = {"x": "g", "y": "g"}
+    together = concept_activity(sd.pipe, dict.fromkeys(sites, sae), LABELLED[:2], groups, **CALL)
+    assert list(together) == sites
+    for site in sites:
+        for c, (prompt, _) in enumerate(LABELLED[:2]):
+            with sd.pipe.capture([site]) as held:
+                sd.run(prompt=prompt, generator=torch.Generator().manual_seed(c), num_inference_steps=2)
+            expected = sae.encode(held[site].rows("cond")).mean(1)  # (T, n)
+            torch.testing.assert_close(together[site].activity[c], expected, atol=1e-5, rtol=1e-4)
+    for key, site in ((SITE, f"{SITE}@update"), (Site(SITE), SITE), (f"{SITE}@input", f"{SITE}@input")):
+        assert list(concept_activity(sd.pipe, {key: trained}, LABELLED[:2], groups, **CALL)) == [Site.of(site)]
+    with pytest.raises(InputError, match=f"The site {SITE}@update is named twice"):
+        concept_activity(sd.pipe, {SITE: trained, f"{SITE}@update": sae}, LABELLED[:2], groups, **CALL)
+
+
 def test_what_concept_activity_cannot_score(sd, sae):
     calls = []
     sd.pipe.unet.register_forward_pre_hook(lambda *_: calls.append(1))
     groups = {"x": "g", "y": "g"}
-    kinds = {"kind": "update"}, {"layout": "channels"}
-    for kind in kinds:
-        other = random_sae(site={"path": SITE, **kind})
-        with pytest.raises(InputError, match="concept scores are read at unet.up_blocks"):
-            concept_activity(sd.pipe, {SITE: other}, LABELLED, groups, **CALL)
     text = "text_encoder.text_model.encoder.layers.0"
-    with pytest.raises(InputError, match="are tokens and no places of an image"):
-        concept_activity(sd.pipe, {text: random_sae(16, site={"path": text})}, LABELLED, groups, **CALL)
+    for site in (f"{SITE}@channels", f"{SITE}@input,vector", text, f"{SITE}@text"):
+        for key in (site, Site.of(site), site.partition("@")[0]):
+            with pytest.raises(InputError, match=f"The rows of {Site.of(site)} are no places of an image"):
+                concept_activity(sd.pipe, {key: random_sae(site=site)}, LABELLED, groups, **CALL)
     with pytest.raises(InputError, match="No prompt shows z"):
         concept_activity(sd.pipe, {SITE: sae}, LABELLED, {**groups, "z": "g"}, **CALL)
     assert calls == []

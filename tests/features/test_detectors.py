@@ -9,7 +9,7 @@ from conftest import SITE, random_sae
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from diffusers_sae import InputError
+from diffusers_sae import InputError, Site
 from diffusers_sae.features.detectors import ConceptDetectors, _bound, _fit, concept_detectors
 
 LABELLED = [("aaaa", ["a"]), ("bbbb", ["b"])] * 24
@@ -43,6 +43,21 @@ def test_only_the_first_step_is_run(sd, monkeypatch):
     sd.pipe.unet.register_forward_pre_hook(lambda *_: calls.append(1))
     concept_detectors(sd.pipe, {SITE: random_sae()}, LABELLED, ["a", "b"], batch_size=16, **CALL)
     assert len(calls) == 3
+
+
+def test_kinds_of_one_path_are_read_apart(sd):
+    """An SAE by its path alone is read at the kind that it was trained at."""
+    torch.manual_seed(0)
+    sae = random_sae(n_latents=64, k=16, site=f"{SITE}@update")
+    saes = {Site(SITE): sae, Site(SITE, kind="update"): sae}
+    together = concept_detectors(sd.pipe, saes, LABELLED, ["a", "b"], **CALL)
+    assert list(together) == list(saes)
+    assert not torch.equal(together[SITE].weights, together[f"{SITE}@update"].weights)
+    for key, site in ((Site(SITE), SITE), (SITE, f"{SITE}@update"), (f"{SITE}@update", f"{SITE}@update")):
+        alone = concept_detectors(sd.pipe, {key: sae}, LABELLED, ["a", "b"], **CALL)
+        assert list(alone) == [Site.of(site)] and torch.equal(alone[key].weights, together[site].weights)
+    with pytest.raises(InputError, match=f"The site {SITE}@update is named twice"):
+        concept_detectors(sd.pipe, {SITE: sae, Site.of(f"{SITE}@update"): sae}, LABELLED, ["a", "b"], **CALL)
 
 
 def test_the_bound_has_the_highest_balanced_accuracy():

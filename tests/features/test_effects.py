@@ -128,6 +128,33 @@ def test_sites_measured_together_are_as_measured_alone():
         torch.testing.assert_close(both[site], alone[site], atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("kind", "texts", "call"),
+    [
+        ("Stable Diffusion", [SITE, f"{SITE}@input", f"{SITE}@update"], CALL),
+        ("Stable Diffusion 3", [f"transformer.transformer_blocks.0{end}" for end in ("", "@text", "@update")], CALL),
+    ],
+)
+def test_sites_of_one_path_measured_together_are_as_measured_alone(kind, texts, call):
+    harness = Harness(kind)
+    torch.manual_seed(1)
+    saes = {Site.of(text): random_sae(harness.tiny.width, site=text) for text in texts}
+    together, _ = concept_effect(harness.pipe, saes, ["ab"], ["cd"], **call)
+    assert list(together) == list(saes)
+    for site, sae in saes.items():
+        alone, _ = concept_effect(harness.pipe, {site.path: sae}, ["ab"], ["cd"], **call)
+        assert alone[site].abs().max() > 1e-4
+        torch.testing.assert_close(together[site], alone[site], atol=1e-6, rtol=1e-4)
+    with pytest.raises(InputError, match="is named twice"):
+        concept_effect(harness.pipe, {site.path: sae, site: sae}, ["ab"], ["cd"], **call)
+
+
+def test_an_update_that_only_the_run_shows_to_be_none(sd):
+    path = "unet.mid_block.attentions.0.transformer_blocks.0.ff.net.0"  # a GEGLU, which does not tell its widths
+    with pytest.raises(InputError, match=f"{path}@update does not exist: the block returns .* for an input of"):
+        concept_effect(sd.pipe, {f"{path}@update": random_sae(64)}, ["ab"], ["cd"], **CALL)
+
+
 def test_effects_do_not_depend_on_the_plan(sd, sae):
     bare = concept_effect(sd.pipe, {SITE: sae}, ["ab"], ["cd"], **CALL)[0][SITE]
     sd.pipe.load_sae(sae)

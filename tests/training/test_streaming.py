@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import SITE, Harness, Stop
 
-from diffusers_sae import InputError, TopKSAE
+from diffusers_sae import InputError, Site, TopKSAE
 from diffusers_sae.capture import ShuffleBuffer, stream_activations
 from diffusers_sae.disk import hold_folder
 from diffusers_sae.saes import ReLUSAE
@@ -41,6 +41,74 @@ def test_a_run_that_is_done_gives_its_saes_again(tmp_path):
     for site in SITES:
         for a, b in zip(first[site].parameters(), again[site].parameters(), strict=True):
             assert torch.equal(a, b)
+
+
+KINDS_OF_A_PATH = [SITE, f"{SITE}@input", f"{SITE}@update", "unet.mid_block@update"]
+
+
+def make_from_seed(d):
+    torch.manual_seed(d)
+    return TopKSAE(d, 32, 4)
+
+
+@pytest.mark.parametrize("config", [CONFIG, replace(CONFIG, emphasis=2.0, first_steps=2, buffer=300)])
+def test_kinds_of_one_path_at_once_are_trained_as_each_alone(tmp_path, config):
+    def trained(texts, folder):
+        makers = {Site.of(text): make_from_seed for text in texts}
+        return train_on_stream(Harness().pipe, makers, prompts(), config, folder, training={"lr": 3e-3}, **CALL)
+
+    together = trained(KINDS_OF_A_PATH, tmp_path / "together")
+    assert list(together) == [Site.of(text) for text in KINDS_OF_A_PATH]
+    assert {path.name for path in (tmp_path / "together").glob("*.jsonl")} == {f"{t}.jsonl" for t in KINDS_OF_A_PATH}
+    for text in KINDS_OF_A_PATH:
+        alone = trained([text], tmp_path / text)[Site.of(text)]
+        for a, b in zip(together[Site.of(text)].parameters(), alone.parameters(), strict=True):
+            assert torch.equal(a, b)
+    assert not torch.equal(together[Site(SITE)].W_dec, together[Site(SITE, kind="input")].W_dec)
+
+
+def test_kinds_of_one_path_go_on_after_a_stop(tmp_path, steps_left):
+    def trained(folder, texts=KINDS_OF_A_PATH):
+        makers = dict.fromkeys(texts, make_from_seed)
+        return train_on_stream(Harness().pipe, makers, prompts(), CONFIG, folder, training={"lr": 3e-3}, **CALL)
+
+    whole = trained(tmp_path / "whole")
+    steps_left[:] = [-steps_left[0] // 2]
+    with pytest.raises(Stop):
+        trained(tmp_path / "stopped")
+    assert set(saved(tmp_path / "stopped")["sites"]) == set(KINDS_OF_A_PATH)
+    steps_left[:] = [0]
+    with pytest.raises(InputError, match="is of another run"):
+        trained(tmp_path / "stopped", [SITE, f"{SITE}@input", f"{SITE}@channels", "unet.mid_block@update"])
+    again = trained(tmp_path / "stopped")
+    for text in KINDS_OF_A_PATH:
+        for a, b in zip(whole[text].parameters(), again[text].parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_saes_of_one_site_in_several_spellings_share_its_buffer(tmp_path):
+    texts = ["unet.mid_block@update,positions", "unet.mid_block@update"]
+    saes = {f"sae {i}": StreamedSAE(text, make_from_seed) for i, text in enumerate(texts)}
+    saes["sae 2"] = StreamedSAE(Site("unet.mid_block", kind="update"), make_from_seed)
+    trained = train_on_stream(Harness().pipe, saes, prompts(), CONFIG, tmp_path, training={"lr": 3e-3}, **CALL)
+    assert list(saved(tmp_path)["sites"]) == ["unet.mid_block@update"]
+    assert torch.equal(trained["sae 0"].W_dec, trained["sae 2"].W_dec)
+
+
+@pytest.mark.parametrize(
+    ("saes", "sentence"),
+    [
+        ({SITE: TopKSAE, Site(SITE): TopKSAE}, f"The site {SITE} is named twice"),
+        ({SITE: TopKSAE, f"{SITE}@output": TopKSAE}, "is named twice, as"),
+        ({SITE: TopKSAE, Site(SITE): StreamedSAE("unet.mid_block", TopKSAE)}, f"Two SAEs are named '{SITE}'"),
+        ({f"{SITE}@inptu": TopKSAE}, "the nearest is 'input'"),
+        ({"a": StreamedSAE(f"{SITE}@inptu", TopKSAE)}, "the nearest is 'input'"),
+    ],
+)
+def test_a_site_or_a_name_twice_is_refused(tmp_path, saes, sentence):
+    with pytest.raises(InputError, match=sentence):
+        train_on_stream(None, saes, prompts(), CONFIG, tmp_path / "new", **CALL)
+    assert not (tmp_path / "new").exists()
 
 
 def test_timesteps_weigh_alike_however_much_they_vary():

@@ -21,6 +21,7 @@ from ...saes import (
     SparseAutoencoder,
     TopKSAE,
 )  # fmt: skip
+from ...sites import Site
 from ..weights import Weights, build, without_shift
 from .base import TRANSFORMER_LENS, TRANSFORMER_LENS_GATED, Format, Signature
 
@@ -143,7 +144,7 @@ def _write(sae: SparseAutoencoder, folder: Path) -> None:
 def _config(sae: SparseAutoencoder, architecture: str) -> dict[str, Any]:
     own = {name: value for name, value in sae.config.items() if name[:1] != "_" and name not in ("d_in", "n_latents")}
     norms = {ours: theirs for theirs, ours in NORMS.items()}
-    site, base = sae.provenance.get("site") or {}, sae.provenance.get("base_model")
+    site, base = sae.provenance.get("site"), sae.provenance.get("base_model")
     config = {
         "architecture": architecture,
         "d_in": sae.d_in,
@@ -156,7 +157,7 @@ def _config(sae: SparseAutoencoder, architecture: str) -> dict[str, Any]:
         "metadata": {
             "sae_lens_version": "6.54.12",
             "model_name": base,
-            "hook_name": site.get("path"),
+            "hook_name": Site.of(site).path if site else None,
             OURS: {"_class_name": type(sae).__name__, **own},
         },
     }
