@@ -24,7 +24,7 @@ from .handover import methods_through_handover
 from .hooks import CaptureHook, LoadedSAE
 from .loaders import Source, load_sae
 from .origin import base_model, warn_of_other_recipe, warn_of_other_sae
-from .recipes import edits_of, read_json, recipe_of
+from .recipes import plan_of, read_json, recipe_of
 from .rules import Rule, checked_rule
 from .saes import SparseAutoencoder
 from .site_mapping import distinct_sites
@@ -167,7 +167,7 @@ class SAESteeringMixin:
             one.edits.clear()
 
     def save_recipe(self, path: str | os.PathLike) -> None:
-        """Write the plan to a JSON file, with what it needs to be checked when it is loaded.
+        """Write the plan to a JSON file: edits, whether they rest, and what their SAEs and statistics are known by.
 
         Raises:
             InputError: a strength is a function, or the disk is full. Nothing is written.
@@ -179,18 +179,23 @@ class SAESteeringMixin:
     def load_recipe(self, path: str | os.PathLike) -> None:
         """Add the edits of a recipe to the plan. The SAEs that it names must be loaded, under the names it has.
 
+        Edits that rested when it was saved rest again. What is in doubt is a warning: another base model, weights
+        that were rounded to half precision, windows of schema version 1.
+
         Raises:
-            InputError: the file is no recipe, or is for other SAEs, sites or versions. The plan is left as it was.
+            InputError: the file is no recipe, or is for other SAEs, sites or versions; or its edits of an SAE rest and
+                those in the plan act, or the other way round. The plan is left as it was.
         """
         recipe = read_json(path)
-        edits = edits_of(recipe, self._steering.loaded)
+        plan = plan_of(recipe, self._steering.loaded)
         warn_of_other_recipe(self, recipe.get("base_model"), recipe.get("pipeline"))
-        for name, found in edits.items():
-            one = self._steering.loaded[name]
-            for edit in found:
+        planned = [(self._steering.loaded[name], enabled, edits) for name, (enabled, edits) in plan.items()]
+        for one, _, edits in planned:
+            for edit in edits:
                 check_fits(edit, one.site, one.place, self._watched_site(edit))
-        for name, found in edits.items():
-            self._steering.loaded[name].edits += found
+        for one, enabled, edits in planned:
+            one.edits += edits
+            one.enabled = one.enabled if enabled is None else enabled
 
     @contextmanager
     def capture(self, sites: Sequence[Site | str]) -> Iterator[Activations]:

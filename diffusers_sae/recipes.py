@@ -2,67 +2,89 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from .edits import Edit, make_edit
 from .errors import InputError
 from .hooks import LoadedSAE
+from .recipe_saes import check_sae, identity_of
 from .rules import Rule, checked_rule
-from .saes import SparseAutoencoder
-from .sites import Site
 from .strengths import StrengthMap, StrengthTable
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+READABLE = (1, 2)
 AS_GIVEN = ("mode", "start", "stop", "branch", "unit", "tokens", "preserve_norm")
 """Arguments of `steer` that a recipe holds as they are."""
+WHOLE = (0.0, 1.0)
+"""Start and stop of an edit that has no window."""
 
 
-def fingerprint(sae: SparseAutoencoder) -> str:
-    """SHA-256 of an SAE's weights as fp32, whatever type they are kept in."""
-    sae.fetch()
-    digest = hashlib.sha256()
-    for name, tensor in sorted(sae.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        for rows in tensor.detach().cpu().split(4096):
-            digest.update(rows.float().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+class Planned(NamedTuple):
+    """What a recipe plans for one SAE.
+
+    `enabled` says whether the edits act or rest, as after `disable_sae`; `None` if the recipe does not say.
+    """
+
+    enabled: bool | None
+    edits: list[Edit]
 
 
 def recipe_of(loaded: Mapping[str, LoadedSAE], pipeline: str, base_model: str | None) -> dict[str, Any]:
     """The plan of a pipeline as plain data; raises `InputError` for what cannot be written down."""
+    watched = {edit.when.adapter_name for one in loaded.values() for edit in one.edits if edit.when}
     return {
         "schema_version": SCHEMA_VERSION,
         "pipeline": pipeline,
         "base_model": base_model,
-        "saes": {
-            name: {
-                "site": one.site.as_dict(),
-                "architecture": type(one.sae).__name__,
-                "n_latents": one.sae.n_latents,
-                "sha256": fingerprint(one.sae),
-            }
-            for name, one in loaded.items()
-            if one.edits or any(e.when and e.when.adapter_name == name for o in loaded.values() for e in o.edits)
-        },
+        "saes": {name: identity_of(one) for name, one in loaded.items() if one.edits or name in watched},
         "edits": [_written(name, edit) for name, one in loaded.items() for edit in one.edits],
     }
 
 
-def edits_of(recipe: Any, loaded: Mapping[str, LoadedSAE]) -> dict[str, list[Edit]]:
-    """`{adapter_name: edits}` that a recipe asks for, checked against the loaded SAEs; raises `InputError`."""
+def plan_of(recipe: Any, loaded: Mapping[str, LoadedSAE]) -> dict[str, Planned]:
+    """What a recipe plans for each SAE that it edits, checked against the loaded ones.
+
+    Warns of edits of schema version 1 whose windows may mean other steps now.
+
+    Raises:
+        InputError: it is no recipe, an SAE is missing or another, or an edit cannot be read.
+    """
+    _check_frame(recipe)
+    for name, identity in recipe["saes"].items():
+        check_sae(name, identity, loaded)
+    plan: dict[str, Planned] = {}
+    for number, written in enumerate(recipe["edits"]):
+        name = str(written.get("adapter_name")) if isinstance(written, dict) else ""
+        if name not in recipe["saes"]:
+            raise InputError(
+                f"Edit {number} of the recipe is for the SAE {name!r}, which its saes do not list; list it there."
+            )
+        try:
+            edit = _read(written, {each: loaded[each] for each in recipe["saes"]})
+        except (TypeError, LookupError, AttributeError, ValueError, RuntimeError, OverflowError) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"Edit {number} of the recipe cannot be read: {reason}") from None
+        plan.setdefault(name, Planned(_enabled(name, recipe, loaded[name]), [])).edits.append(edit)
+    _warn_of_windows(recipe["schema_version"], plan)
+    return plan
+
+
+def _check_frame(recipe: Any) -> None:
+    """Raise `InputError` unless data is a recipe as far as its outermost fields tell."""
     if not isinstance(recipe, dict) or not {"schema_version", "saes", "edits"} <= set(recipe):
         raise InputError("This is not a recipe: it must have schema_version, saes and edits; write one by save_recipe.")
-    if recipe["schema_version"] != SCHEMA_VERSION:
+    version = recipe["schema_version"]
+    if version not in READABLE or isinstance(version, bool):
         raise InputError(
-            f"The recipe has schema version {recipe['schema_version']!r} and this library reads {SCHEMA_VERSION}; "
+            f"The recipe has schema version {version!r} and this library reads {SCHEMA_VERSION} and those before; "
             "save it again, or use the version of diffusers_sae that wrote it."
         )
     if not isinstance(recipe["saes"], dict) or not isinstance(recipe["edits"], list):
@@ -72,60 +94,51 @@ def edits_of(recipe: Any, loaded: Mapping[str, LoadedSAE]) -> dict[str, list[Edi
             raise InputError(
                 f"The recipe's {key} is {recipe[key]!r:.80}, and it must be a name; mend it or leave it out."
             )
-    for name, told in recipe["saes"].items():
-        _check_sae(name, told, loaded)
-    found: dict[str, list[Edit]] = {}
-    for number, written in enumerate(recipe["edits"]):
-        name = str(written.get("adapter_name")) if isinstance(written, dict) else ""
-        if name not in recipe["saes"]:
-            raise InputError(
-                f"Edit {number} of the recipe is for the SAE {name!r}, which its saes do not list; list it there."
-            )
-        try:
-            found.setdefault(name, []).append(_read(written, loaded))
-        except (TypeError, LookupError, AttributeError, ValueError, RuntimeError, OverflowError) as error:
-            reason = " ".join(str(error).split())
-            raise InputError(f"Edit {number} of the recipe cannot be read: {reason}") from None
-    return found
+
+
+def _enabled(name: str, recipe: Mapping[str, Any], one: LoadedSAE) -> bool | None:
+    """Whether the recipe's edits of an SAE act; raises `InputError` if the plan's own, beside them, do otherwise."""
+    enabled = recipe["saes"][name].get("enabled")
+    if not isinstance(enabled, bool | None):
+        raise InputError(f"The recipe says enabled = {enabled!r:.80} of the SAE {name!r}; it must be true or false.")
+    if enabled is not None and one.edits and one.enabled is not enabled:
+        now, call = ("rest", "enable_sae") if enabled else ("act", "disable_sae")
+        raise InputError(
+            f"The recipe's edits of {name!r} {'act' if enabled else 'rest'} and those in the plan {now}, and an SAE "
+            f"has one switch for all; call {call}({name!r}) or reset_steering({name!r}) first."
+        )
+    return enabled
+
+
+def _warn_of_windows(version: int, plan: Mapping[str, Planned]) -> None:
+    if version > 1:
+        return
+    windows = {f"{e.start:g} to {e.stop:g}": None for p in plan.values() for e in p.edits if (e.start, e.stop) != WHOLE}
+    if windows:
+        warnings.warn(
+            f"The recipe is of schema version 1, in which start and stop were shares of the scheduler's training "
+            f"timesteps, and they are fractions of the run's steps now: its windows ({', '.join(windows)}) may hold "
+            "other steps, above all with shifted schedules; check them and save the recipe again.",
+            stacklevel=4,
+        )
 
 
 def read_json(path: str | os.PathLike) -> Any:
     """The data of a JSON file; raises `InputError`."""
     try:
-        return json.loads(Path(path).read_bytes())
+        return json.loads(Path(path).read_bytes(), object_pairs_hook=_without_repeats)
     except (OSError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{path} cannot be read as JSON ({reason}); pass the path of a recipe.") from None
 
 
-def _check_sae(name: str, told: Any, loaded: Mapping[str, LoadedSAE]) -> None:
-    if name not in loaded:
-        raise InputError(
-            f"The recipe needs an SAE named {name!r}; load it first by load_sae(..., adapter_name={name!r})."
-        )
-    one = loaded[name]
-    if not isinstance(told, dict) or not isinstance(told.get("sha256"), str) or told.get("site") is None:
-        raise InputError(f"The recipe does not say the site and the sha256 of the SAE {name!r}; save it again.")
-    for key, value in (("architecture", type(one.sae).__name__), ("n_latents", one.sae.n_latents)):
-        if told.get(key) is not None and (type(told[key]) is not type(value) or told[key] != value):
-            raise InputError(
-                f"The recipe says {key} = {told[key]!r:.80} of the SAE {name!r}, and the one loaded has {value!r}; "
-                "load the recipe's, or mend the recipe."
-            )
-    if Site.of(told["site"]) != one.site:
-        raise InputError(
-            f"The recipe has the SAE {name!r} at {_named(told['site'])} and it is loaded at {one.site}; load it there."
-        )
-    if told["sha256"] != fingerprint(one.sae):
-        raise InputError(f"The SAE loaded as {name!r} is not the recipe's, since their weights differ; load that one.")
-
-
-def _named(site: Any) -> str:
-    """A recipe's site in words, as far as it is one."""
-    try:
-        return str(Site.of(site))
-    except (InputError, TypeError):
-        return str(site)
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; raises `ValueError` for a name that comes twice, of which JSON's reader would drop one."""
+    read = dict(pairs)
+    if len(read) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the name {next(name for name in names if names.count(name) > 1)!r} comes twice in an object")
+    return read
 
 
 def _written(name: str, edit: Edit) -> dict[str, Any]:
@@ -171,6 +184,8 @@ def _read(written: Mapping[str, Any], loaded: Mapping[str, LoadedSAE]) -> Edit:
     one = loaded[written["adapter_name"]]
     given = {key: written[key] for key in AS_GIVEN if written.get(key) is not None}
     mask = torch.tensor(written["mask"]) if written.get("mask") is not None else None
+    if mask is not None and mask.ndim == 3:
+        mask = mask[:, None]  # (images, 1, H, W), since an (images, H, 1) could be channels that come last
     return make_edit(
         {_feature(f): _given_strength(s) for f, s in written["features"].items()},
         one.sae,
@@ -182,7 +197,7 @@ def _read(written: Mapping[str, Any], loaded: Mapping[str, LoadedSAE]) -> Edit:
 
 
 def _feature(text: str) -> int:
-    if not text.isdecimal():
+    if not text.isdecimal() or text != str(int(text)):  # "03" beside "3" would be a feature twice
         raise InputError(f"{text!r} is not a feature.")
     return int(text)
 
@@ -203,7 +218,7 @@ def _given_strength(strength: Any) -> Any:
 def _rule(written: Mapping[str, Any], loaded: Mapping[str, LoadedSAE]) -> Rule:
     name = written["adapter_name"]
     if name not in loaded:
-        raise InputError(f"a rule looks at the SAE {name!r}, which is not loaded.")
+        raise InputError(f"a rule looks at the SAE {name!r}, which the recipe's saes do not list.")
     at = written["at"] if written.get("at") is not None else "image"
     rule = Rule({_feature(f): w for f, w in written["features"].items()}, written["above"], name, at)
     return checked_rule(rule, name, loaded[name].sae)

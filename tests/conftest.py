@@ -55,6 +55,10 @@ def command(monkeypatch, capsys):
     return run
 
 
+OTHER = "unet.down_blocks.0.attentions.0"
+"""A site besides `SITE`."""
+
+
 class Harness:
     """A tiny pipeline, bare and steerable over the same modules, and how to run it."""
 
@@ -104,6 +108,16 @@ def random_sae(d_in: int = WIDTH, n_latents: int = 32, k: int = 4, **provenance)
         sae.b_enc.normal_(std=0.1)
         sae.b_dec.normal_(std=0.1)
     return sae.eval()
+
+
+def with_saes(*names: str) -> Harness:
+    """A harness with random SAEs: `hand` at `SITE` and `other` at `OTHER`, or those that are named."""
+    harness = Harness()
+    torch.manual_seed(1)
+    saes = {"hand": random_sae(), "other": random_sae(site={"path": OTHER})}
+    for name in names or saes:
+        harness.pipe.load_sae(saes[name], adapter_name=name)
+    return harness
 
 
 @pytest.fixture

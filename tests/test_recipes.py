@@ -1,24 +1,21 @@
 """Recipes: the same seed gives the same bits, and what does not fit is refused and changes nothing."""
 
 import json
+import warnings
 
 import numpy as np
 import pytest
 import torch
-from conftest import SITE, Harness, file_limit, random_sae
+from conftest import OTHER, SITE, Harness, file_limit, random_sae, with_saes
 
-from diffusers_sae import InputError, Rule, SAESteeringPipeline, StrengthMap, StrengthTable
-
-OTHER = "unet.down_blocks.0.attentions.0"
-
-
-def with_saes(*names):
-    harness = Harness()
-    torch.manual_seed(1)
-    saes = {"hand": random_sae(), "other": random_sae(site={"path": OTHER})}
-    for name in names or saes:
-        harness.pipe.load_sae(saes[name], adapter_name=name)
-    return harness
+from diffusers_sae import (
+    InputError,
+    LatentStatistics,
+    Rule,
+    SAESteeringPipeline,
+    StrengthMap,
+    StrengthTable,
+)
 
 
 def steered():
@@ -53,7 +50,7 @@ def test_a_recipe_gives_the_same_bits(written):
 
 def test_a_recipe_can_be_read(written):
     recipe = json.loads(written[1].read_text())
-    assert recipe["schema_version"] == 1 and recipe["pipeline"] == "StableDiffusionPipeline"
+    assert recipe["schema_version"] == 2 and recipe["pipeline"] == "StableDiffusionPipeline"
     assert recipe["saes"]["hand"]["site"]["path"] == SITE
     assert recipe["edits"][0] == {
         "adapter_name": "hand",
@@ -104,7 +101,9 @@ def put(value, *path):
     [
         (drop("schema_version"), "This is not a recipe"),
         (drop("edits"), "This is not a recipe"),
-        (put(7, "schema_version"), "schema version 7 and this library reads 1"),
+        (put(7, "schema_version"), "schema version 7 and this library reads 2 and those before"),
+        (put(True, "schema_version"), "schema version True and"),
+        (put([1], "schema_version"), "schema version [1] and"),
         (put([], "saes"), "saes must be an object"),
         (put({}, "edits"), "edits a list"),
         (put("0" * 64, "saes", "hand", "sha256"), "not the recipe's, since their weights differ"),
@@ -120,6 +119,10 @@ def put(value, *path):
         (edit(features={}), "at least one feature"),
         (edit(features={"99": 1.0}), "Feature 99 is out of range"),
         (edit(features={"x": 1.0}), "'x' is not a feature"),
+        (edit(features={"3": 1.0, "03": 2.0}), "'03' is not a feature"),
+        (edit(features={"３": 1.0}), "'３' is not a feature"),
+        (edit(features={"3.0": 1.0}), "'3.0' is not a feature"),
+        (edit(features={"true": 1.0}), "'true' is not a feature"),
         (edit(features={"3": None}), "is not a number"),
         (edit(features={"3": {"timesteps": [], "values": []}}), "as many values as timesteps"),
         (edit(features={"3": {"timesteps": [1.0], "values": [1.0, 2.0]}}), "as many values as timesteps"),
@@ -127,7 +130,10 @@ def put(value, *path):
         (edit(mask=[[[2.0]]]), "values outside 0 to 1"),
         (edit(mask=[[1.0], [1.0, 0.0]]), "Edit 0 of the recipe cannot be read"),
         (edit(tokens=[3]), "tokens are for sites of text"),
-        (edit(when={"adapter_name": "third", "features": {"1": 1.0}, "above": 0}), "'third', which is not loaded"),
+        (
+            edit(when={"adapter_name": "third", "features": {"1": 1.0}, "above": 0}),
+            "the SAE 'third', which the recipe's saes do not list",
+        ),
         (edit(when={"adapter_name": "hand", "features": {"77": 1.0}, "above": 0}), "Feature 77 is out of range"),
         (edit(when={"adapter_name": "hand", "features": {"1": 1.0}, "above": 0, "at": "end"}), "'end' is not where"),
         (edit(when={"adapter_name": "hand", "above": 0}), "Edit 0 of the recipe cannot be read: 'features'"),
@@ -142,6 +148,16 @@ def put(value, *path):
         (put(3, "saes", "hand", "architecture"), "architecture = 3 of the SAE 'hand'"),
         (put(64, "saes", "hand", "n_latents"), "n_latents = 64 of the SAE 'hand', and the one loaded has 32"),
         (put("32", "saes", "hand", "n_latents"), "n_latents = '32' of the SAE 'hand'"),
+        (put(1, "saes", "hand", "settings", "k"), "k = 1 of the SAE 'hand', and the one loaded has 4; load the"),
+        (put("4", "saes", "hand", "settings", "k"), "k = '4' of the SAE 'hand'"),
+        (put(None, "saes", "hand", "settings", "k"), "k = None of the SAE 'hand', and the one loaded has 4"),
+        (put(False, "saes", "hand", "settings", "relu"), "relu = False of the SAE 'hand', and the one loaded has True"),
+        (put(1, "saes", "hand", "settings", "relu"), "relu = 1 of the SAE 'hand'"),
+        (put("layer_norm", "saes", "hand", "settings", "input_norm"), "input_norm = 'layer_norm' of the SAE 'hand'"),
+        (put(2, "saes", "hand", "settings", "groups"), "groups = 2 of the SAE 'hand', and the one loaded has no such"),
+        (put([], "saes", "hand", "settings"), "settings = [] of the SAE 'hand'; it must be an object"),
+        (put("max", "saes", "hand", "statistics"), "statistics = 'max' of the SAE 'hand'; it must be an object"),
+        (put(1, "saes", "hand", "enabled"), "enabled = 1 of the SAE 'hand'; it must be true or false"),
         (put({"path": SITE, "kind": []}, "saes", "hand", "site"), "kind"),
         (put(-1, "saes", "hand", "site"), "is no site"),
         (edit(mask={}), "Edit 0 of the recipe cannot be read"),
@@ -185,6 +201,133 @@ def test_recipes_that_do_not_fit_change_nothing(written, change, sentence):
     text = str(error.value)
     assert sentence in text and "\n" not in text
     assert torch.equal(before, harness.run())
+
+
+@pytest.mark.parametrize("resting", [(), ("hand",), ("other",), ("hand", "other")])
+def test_edits_that_rest_go_on_resting(resting, tmp_path):
+    harness = steered()
+    for name in resting:
+        harness.pipe.disable_sae(name)
+    images = harness.run()
+    harness.pipe.save_recipe(tmp_path / "plan.json")
+    for before in ((), ("hand",), ("hand", "other")):
+        fresh = with_saes()
+        for name in before:
+            fresh.pipe.disable_sae(name)
+        fresh.pipe.load_recipe(tmp_path / "plan.json")
+        assert torch.equal(fresh.run(), images)
+        enabled = {name: sae["enabled"] for name, sae in fresh.pipe.get_list_saes().items()}
+        assert enabled == {name: name not in resting for name in ("hand", "other")}
+
+
+@pytest.mark.parametrize("resting", [False, True])
+def test_edits_that_rest_do_not_silence_those_of_the_plan(resting, tmp_path):
+    """An SAE has one switch for all of its edits."""
+    harness, fresh = with_saes("hand"), with_saes("hand")
+    harness.pipe.steer({3: 5.0})
+    fresh.pipe.steer({4: 5.0})
+    (harness if resting else fresh).pipe.disable_sae("hand")
+    harness.pipe.save_recipe(tmp_path / "plan.json")
+    before = fresh.run()
+    call = "disable_sae" if resting else "enable_sae"
+    with pytest.raises(InputError) as error:
+        fresh.pipe.load_recipe(tmp_path / "plan.json")
+    assert f"call {call}('hand') or reset_steering('hand') first." in str(error.value)
+    assert torch.equal(fresh.run(), before) and fresh.pipe.get_list_saes()["hand"]["enabled"] == resting
+    getattr(fresh.pipe, call)("hand")
+    fresh.pipe.load_recipe(tmp_path / "plan.json")
+    assert fresh.pipe.get_list_saes()["hand"] == {**harness.pipe.get_list_saes()["hand"], "edits": 2}
+
+
+def as_version_1(path):
+    """Rewrite a recipe as this library wrote it before version 2."""
+    recipe = json.loads(path.read_text())
+    recipe["schema_version"] = 1
+    for sae in recipe["saes"].values():
+        for name in ("settings", "dtype", "sha256_rounded", "statistics", "enabled"):
+            sae.pop(name, None)
+    path.write_text(json.dumps(recipe))
+
+
+@pytest.mark.parametrize("window", [{}, {"start": 0.25}, {"stop": 0.6}, {"start": 0.25, "stop": 0.6}])
+def test_recipes_of_version_1_load_and_windows_are_a_warning(window, tmp_path):
+    harness = with_saes("hand")
+    harness.pipe.steer({3: 5.0}, **window)
+    harness.pipe.save_recipe(tmp_path / "plan.json")
+    as_version_1(tmp_path / "plan.json")
+    fresh = with_saes("hand")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fresh.pipe.load_recipe(tmp_path / "plan.json")
+    assert torch.equal(fresh.run(), harness.run())
+    shown = f"({window.get('start', 0)} to {window.get('stop', 1)}) may hold other steps"
+    told = [each for each in caught if shown in str(each.message)]
+    assert len(caught) == len(told) == bool(window)
+    assert all(each.filename == __file__ for each in told)
+
+
+@pytest.mark.parametrize("mode", ["scale", "ablate"])
+def test_recipes_of_version_1_with_units_of_factors_are_refused(mode, tmp_path):
+    harness = with_saes("hand")
+    full = torch.ones(1, 32)
+    harness.pipe._steering.loaded["hand"].sae.statistics = LatentStatistics(torch.zeros(1), full, full, full)
+    harness.pipe.steer({3: 0.5}, mode=mode)
+    harness.pipe.save_recipe(tmp_path / "plan.json")
+    as_version_1(tmp_path / "plan.json")
+    recipe = json.loads((tmp_path / "plan.json").read_text())
+    recipe["edits"][0]["unit"] = "max"
+    (tmp_path / "plan.json").write_text(json.dumps(recipe))
+    with pytest.raises(InputError, match=f"A strength of mode='{mode}' is a factor and has no unit"):
+        harness.pipe.load_recipe(tmp_path / "plan.json")
+
+
+def test_recipes_of_version_1_are_checked_as_far_as_they_tell(tmp_path):
+    harness = with_saes("hand")
+    harness.pipe.steer({3: 5.0})
+    harness.pipe.save_recipe(tmp_path / "plan.json")
+    as_version_1(tmp_path / "plan.json")
+    other = with_saes("hand")
+    other.pipe._steering.loaded["hand"].sae.b_dec[0] += 1
+    with pytest.raises(InputError, match="since their weights differ"):
+        other.pipe.load_recipe(tmp_path / "plan.json")
+
+
+def test_positions_of_recipes_count_once(tmp_path):
+    path = "text_encoder.encoder.layers.0"
+    pipes = []
+    for tokens in ([1], [1, 1]):
+        harness = Harness()
+        torch.manual_seed(1)
+        harness.pipe.load_sae(random_sae(harness.pipe.text_encoder.config.hidden_size), site=path, adapter_name="text")
+        harness.pipe.steer({3: 5.0}, tokens=[1])
+        harness.pipe.save_recipe(tmp_path / "plan.json")
+        recipe = json.loads((tmp_path / "plan.json").read_text())
+        recipe["edits"][0]["tokens"] = tokens
+        (tmp_path / "plan.json").write_text(json.dumps(recipe))
+        harness.pipe.reset_steering()
+        harness.pipe.load_recipe(tmp_path / "plan.json")
+        pipes.append(harness.run())
+    assert torch.equal(*pipes)
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (1, 4), (2, 4, 1), (8, 8), (2, 8, 8)])
+def test_masks_of_every_shape_come_back(shape, tmp_path):
+    harness = with_saes("hand")
+    harness.pipe.steer({3: 5.0}, mask=torch.rand(2, 1, 4, 1) if shape == (2, 4, 1) else torch.rand(shape))
+    harness.pipe.save_recipe(tmp_path / "plan.json")
+    fresh = with_saes("hand")
+    fresh.pipe.load_recipe(tmp_path / "plan.json")
+    ours, again = (each.pipe._steering.loaded["hand"].edits[0].mask for each in (harness, fresh))
+    assert torch.equal(ours, again)
+
+
+@pytest.mark.parametrize("text", ['{"3": 1.0, "3": 2.0}', '{"3": 1.0, "4": 0.5, "3": 1.0}'])
+def test_a_name_that_comes_twice_is_refused(text, written):
+    path = written[1]
+    path.write_text(path.read_text().replace('{\n    "3": 5.0,\n    "7": -0.123456789\n   }', text))
+    assert text in path.read_text()
+    with pytest.raises(InputError, match="cannot be read as JSON .the name '3' comes twice in an object.; pass"):
+        with_saes().pipe.load_recipe(path)
 
 
 def test_a_recipe_of_another_class_of_pipelines_is_told(written, recwarn):

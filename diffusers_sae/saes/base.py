@@ -75,6 +75,8 @@ class SparseAutoencoder(ModelMixin, ConfigMixin):
     W_dec: nn.Parameter
     b_dec: nn.Parameter
     input_norm: str | None = None
+    code_settings: tuple[str, ...] | None = None
+    """Names of the arguments that shape codes beside the weights; of `None`, all but the provenance are taken to."""
     rows_apart: bool = True
     """Whether a row's code depends on nothing but the row, so that rows may be shuffled."""
     statistics: LatentStatistics | None = None

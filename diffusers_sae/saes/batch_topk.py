@@ -27,6 +27,7 @@ class BatchTopKSAE(ElementwiseSAE):
         provenance: where the activations came from; see `SparseAutoencoder`.
     """
 
+    code_settings = ("input_norm",)  # k is for training, from which the threshold comes
     threshold: torch.Tensor
 
     @register_to_config

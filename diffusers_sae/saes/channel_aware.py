@@ -40,6 +40,7 @@ class ChannelAwareSAE(SparseAutoencoder):
         provenance: where the activations came from; see `SparseAutoencoder`.
     """
 
+    code_settings = ("channels", "k")
     rows_apart = False
 
     @register_to_config

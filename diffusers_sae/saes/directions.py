@@ -26,6 +26,8 @@ class Directions(SparseAutoencoder):
         provenance: where they came from; see `SparseAutoencoder`.
     """
 
+    code_settings = ()
+
     @register_to_config
     def __init__(self, d_in: int, n_latents: int = 1, provenance: dict[str, Any] | None = None) -> None:
         super().__init__()

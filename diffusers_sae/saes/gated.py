@@ -26,6 +26,8 @@ class GatedSAE(ElementwiseSAE):
         provenance: where the activations came from; see `SparseAutoencoder`.
     """
 
+    code_settings = ("input_norm",)
+
     @register_to_config
     def __init__(
         self, d_in: int, n_latents: int, input_norm: str | None = None, provenance: dict[str, Any] | None = None

@@ -24,6 +24,8 @@ class ReLUSAE(ElementwiseSAE):
         provenance: where the activations came from; see `SparseAutoencoder`.
     """
 
+    code_settings = ("input_norm",)
+
     @register_to_config
     def __init__(
         self,

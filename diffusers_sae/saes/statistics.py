@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -52,6 +53,14 @@ class LatentStatistics:
     def dead(self) -> torch.Tensor:
         """`(n,)`: latents that fired at no timestep."""
         return self.rate.amax(0) == 0
+
+    def fingerprint(self, unit: str) -> str:
+        """SHA-256 of what strengths in multiples of a unit, `mean` or `max`, depend on."""
+        digest = hashlib.sha256()
+        for name in ("timesteps", "mean", "rate") if unit == "mean" else ("timesteps", "max"):
+            values = getattr(self, name).detach().cpu().float().contiguous()
+            digest.update(f"{name} {tuple(values.shape)}".encode() + values.numpy().tobytes())
+        return digest.hexdigest()
 
     def check(self, n_latents: int, whose: str) -> None:
         """Raise `InputError` unless these are statistics of an SAE of so many latents; `whose` begins the sentence."""

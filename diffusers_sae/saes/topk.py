@@ -32,6 +32,8 @@ class TopKSAE(SparseAutoencoder):
         provenance: where the activations came from; see `SparseAutoencoder`.
     """
 
+    code_settings = ("input_norm", "k", "relu")
+
     @register_to_config
     def __init__(
         self,
