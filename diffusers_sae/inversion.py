@@ -8,19 +8,20 @@ inverted to 0.7 T, edited there at one timestep, and denoised (Ijishakin et al.,
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 
 from .autoencoding import encode_images
+from .decisions import DecidedPlan, decide_plans, plan_replaced
 from .errors import InputError
 from .inverse_schedulers import InverseSteps, LastSteps, check_invertible
 from .twins import stock_class, stock_with_components, with_components
+from .unit_range import as_unit_range
 
 PIPELINES = (StableDiffusionPipeline, StableDiffusionXLPipeline, StableDiffusion3Pipeline)
 DECIDED = (
@@ -115,6 +116,7 @@ def invert(
     decoder_iterations: int = 0,
     guidance_scale: float = 1.0,
     edited: bool = False,
+    decisions: Mapping[tuple[str, int], Any] | None = None,
 ) -> Inversion:
     """Follow a deterministic pipeline backwards from an image towards the noise it would have come from.
 
@@ -124,7 +126,8 @@ def invert(
     Args:
         pipe: a Stable Diffusion or SDXL pipeline with a `DDIMScheduler`, or a Stable Diffusion 3 pipeline with a
             `FlowMatchEulerDiscreteScheduler`; steerable or not.
-        image: a PIL image, a tensor `(3, H, W)` or `(N, 3, H, W)` in [0, 1], or a list of images of one size.
+        image: a PIL image, a tensor `(3, H, W)` or `(N, 3, H, W)`, or a list of images of one size. Floating-point
+            numbers are in [0, 1]; uint8 and uint16 are divided by their type's maximum.
         prompt: what the image shows; one for all images, or one for each.
         to: how far towards noise: up to timestep `to * T`, which is progress `1 - to`; 1 is pure noise. The steps
             that a run of `num_inference_steps` has at or below that timestep are undone.
@@ -138,6 +141,9 @@ def invert(
         guidance_scale: 1 is none, as in h-space editing; higher ones make the inversion less exact.
         edited: the pipeline's plan is in force meanwhile, for an image that was made with it: `run` then makes it again
             with the same plan, and without it what it would have been.
+        decisions: what the rules of the plan decided when the image was made, which a run backwards cannot find out:
+            `{(adapter_name, index of the edit): (N,) bool}`, needed if `edited` for every edit with a rule. The rules
+            are of whole images, and watch an SAE at the site of their edit, or one of a text encoder.
 
     Raises:
         InputError: anything above is wrong. Nothing is changed.
@@ -146,24 +152,43 @@ def invert(
     _check_numbers(pipe, to, num_inference_steps, iterations, decoder_iterations)
     images = _as_images(image, _multiple(pipe))
     prompts = _one_an_image(prompt, len(images))
+    plans = _plans(pipe, edited, decisions, len(images))
     training_timesteps = pipe.scheduler.config.num_train_timesteps
     steps = InverseSteps(pipe.scheduler, to * training_timesteps, iterations)
-    twin = (with_components if edited else stock_with_components)(pipe, scheduler=steps)
     size = images.shape[-2], images.shape[-1]
+    call = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     encoded = encode_images(pipe, images, decoder_iterations)
-    latents = twin(
-        prompt=prompts, latents=encoded, num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale, height=size[0], width=size[1], output_type="latent",
-    ).images  # fmt: skip
-    if not torch.equal(steps.first_sample.to(encoded), encoded):
-        raise InputError(
-            f"{type(pipe).__name__} changes the latents that it is given before it denoises them, so that it cannot be "
-            "inverted; pass a pipeline that begins as the stock class does."
-        )
+    latents = torch.empty_like(encoded)
+    twin = (with_components if edited else stock_with_components)(pipe, scheduler=steps)
+    for plan in plans:
+        some = [prompts[i] for i in plan.images]
+        with plan_replaced(twin, plan.edits):
+            latents[plan.images] = _follow_back(twin, encoded[plan.images], prompt=some, size=size, **call)
     return Inversion(
         latents, steps.undone, tuple(prompts), float(to), float(guidance_scale), num_inference_steps,
         training_timesteps, size,
     )  # fmt: skip
+
+
+def _plans(pipe: Any, edited: bool, decisions: Any, count: int) -> list[DecidedPlan]:
+    """What is in force for which of `count` images while they are inverted."""
+    if edited:
+        return decide_plans(pipe, decisions, count)
+    if decisions is not None:
+        raise InputError("decisions are those of a plan in force; leave them out, or pass edited=True.")
+    return [DecidedPlan(list(range(count)), {})]
+
+
+def _follow_back(twin: Any, latents: torch.Tensor, size: tuple[int, int], **call: Any) -> torch.Tensor:
+    """The noise `(N, C, h, w)` that a pipeline with `InverseSteps` finds for the latents of images."""
+    noise: torch.Tensor = twin(latents=latents, height=size[0], width=size[1], output_type="latent", **call).images
+    first = twin.scheduler.first_sample
+    if not torch.allclose(first, latents.to(first), rtol=0, atol=0, equal_nan=True):
+        raise InputError(
+            f"{type(twin).__name__} changes the latents that it is given before it denoises them, so that it cannot be "
+            "inverted; pass a pipeline that begins as the stock class does."
+        )
+    return noise
 
 
 def check_invertible_pipeline(pipe: Any) -> None:
@@ -216,17 +241,13 @@ def _as_images(image: Any, multiple: int) -> torch.Tensor:
 def _as_tensor(image: Any) -> torch.Tensor:
     """`(N, 3, H, W)` of one PIL image or tensor."""
     if isinstance(image, Image.Image):
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None] / 255
+        pixels = as_unit_range(image, "The image")  # (H, W) or (H, W, 3)
+        return pixels.reshape(*pixels.shape[:2], -1).permute(2, 0, 1)[None].expand(1, 3, -1, -1)
     if not isinstance(image, torch.Tensor):
         raise InputError(f"An image of type {type(image).__name__} was passed; pass a PIL image, a tensor or a list.")
-    if image.ndim not in (3, 4) or image.shape[-3] != 3 or not image.is_floating_point():
-        raise InputError(
-            f"The image is a tensor of {image.dtype} and shape {tuple(image.shape)}; "
-            "pass floating-point numbers (3, H, W) or (N, 3, H, W)."
-        )
-    if not ((image >= 0) & (image <= 1)).all():
-        raise InputError("The image has values outside 0 to 1 (or NaN); scale it to that range.")
-    return image.reshape(-1, *image.shape[-3:]).float()
+    if image.ndim not in (3, 4) or image.shape[-3] != 3:
+        raise InputError(f"The image is a tensor {tuple(image.shape)}; pass (3, H, W) or (N, 3, H, W).")
+    return as_unit_range(image, "The image").reshape(-1, *image.shape[-3:])
 
 
 def _one_an_image(prompt: Any, count: int) -> list[str]:

@@ -56,6 +56,11 @@ def as_unit_range(values: Any, what: str, *, zeros_and_ones: bool = False) -> to
     return whole.float() / (1 if largest is None or (is_binary and zeros_and_ones) else largest)
 
 
+def rgb_image(image: Image.Image, what: str) -> Image.Image:
+    """A PIL image of any mode as RGB of 8 bits, by the same rule; raises `InputError`."""
+    return Image.fromarray((255 * as_unit_range(image, what)).round().byte().numpy()).convert("RGB")
+
+
 def pixels(image: Image.Image, what: str) -> np.ndarray:
     """`(H, W)` of a grey PIL image, and `(H, W, 3)`, the colours, of any other; raises `InputError`."""
     if is_grey(image):

@@ -178,13 +178,23 @@ def test_the_decoders_inversion_brings_the_image_nearer(harness):
 
 def test_images_of_every_type_are_read_alike(sd):
     image = Image.fromarray((IMAGES[0].permute(1, 2, 0) * 255).round().byte().numpy())
-    tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
-    found = [
-        invert(sd.pipe, each, "ab", num_inference_steps=3).latents
-        for each in (image, tensor, tensor[None], [image], [tensor], tensor.double())
-    ]
+    levels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    tensor = levels / 255
+    deep = (levels.int() * 257).to(torch.uint16)
+    kinds = (image, tensor, tensor[None], [image], [tensor], tensor.double(), levels, deep, image.convert("RGBA"))
+    found = [invert(sd.pipe, each, "ab", num_inference_steps=3).latents for each in kinds]
     assert all(torch.equal(each, found[0]) for each in found)
     assert not torch.equal(invert(sd.pipe, picture(), "ab", num_inference_steps=3).latents, found[0])
+
+
+def test_pictures_are_not_taken_for_masks(sd):
+    """A picture of 0 and 1 in uint8 is nearly black, one of booleans is not, and a grey one has three equal colours."""
+    bits = IMAGES[0] > 0.5
+    grey = Image.fromarray((257 * np.arange(256).reshape(16, 16)).astype(np.uint16))
+    ramp = (torch.arange(256).reshape(1, 16, 16) / 255).expand(3, -1, -1)
+    for image, expected in ((bits.byte(), bits / 255), (bits, bits.float()), (bits.long(), bits.float()), (grey, ramp)):
+        latents = (invert(sd.pipe, each, "ab", num_inference_steps=3).latents for each in (image, expected))
+        torch.testing.assert_close(*latents, rtol=1e-5, atol=1e-5)
 
 
 def test_a_batch_is_inverted_as_its_images_are(harness):
@@ -293,7 +303,8 @@ BAD = {
     "sizes": ({"image": [picture(16), picture(24)]}, "different sizes"),
     "no image": ({"image": []}, "at least one"),
     "shape": ({"image": torch.rand(16, 16, 3)}, "(N, 3, H, W)"),
-    "whole numbers": ({"image": torch.zeros(3, 16, 16, dtype=torch.uint8)}, "floating"),
+    "whole numbers": ({"image": torch.full((3, 16, 16), 7)}, "numbers of type int64 other than 0 and 1"),
+    "transparent": ({"image": Image.new("RGBA", (16, 16))}, "transparent places"),
     "range": ({"image": IMAGES * 2 - 1}, "outside 0 to 1"),
     "nan": ({"image": IMAGES * float("nan")}, "NaN"),
     "prompts": ({"prompt": ["a", "b", "c"]}, "3 prompts for 2 images"),
@@ -306,6 +317,9 @@ BAD = {
     "steps": ({"num_inference_steps": 0}, "1 to 1000"),
     "too many steps": ({"num_inference_steps": 1001}, "1 to 1000"),
     "iterations": ({"iterations": 0}, "from 1 on"),
+    "decisions of a plan at rest": ({"decisions": {}}, "edited=True"),
+    "decisions of no rule": ({"edited": True, "decisions": {("default_0", 0): [True, True]}}, "no edit in force"),
+    "decisions": ({"edited": True, "decisions": [True]}, "no mapping"),
     "decoder iterations": ({"decoder_iterations": -1}, "from 0 on"),
 }
 

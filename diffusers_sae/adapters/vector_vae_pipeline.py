@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
 
 from ..errors import InputError
+from ..unit_range import as_unit_range, rgb_image
 from .vector_vae import VectorVAE
 
 OUTPUT_TYPES = ("pil", "pt", "np")
@@ -31,19 +34,19 @@ class VectorVAEPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def encode(self, image: Any) -> torch.Tensor:
-        """The means of the posteriors, `(N, d)`, of a PIL image, an array or a tensor in [0, 1], or a list of them.
+        """The means of the posteriors, `(N, d)`, of a PIL image, an array or a tensor, or a list of them.
 
-        Images of another size are resized. Raises `InputError` for what is none.
+        Floating-point numbers are in [0, 1]; uint8 and uint16 are divided by their type's maximum. Images of another
+        size are resized. Raises `InputError` for what is no image.
         """
         size = self.autoencoder.config.sample_size
+        images = [_in_range(each) for each in image] if isinstance(image, (list, tuple)) else _in_range(image)
         try:
-            pixels = self.image_processor.preprocess(image, height=size, width=size)
+            pixels = self.image_processor.preprocess(images, height=size, width=size)
         except (ValueError, TypeError, AttributeError, IndexError):
             raise InputError(
                 f"image is {_told(image)}; pass a PIL image, an array or a tensor in [0, 1], or a list of one kind."
             ) from None
-        if not torch.isfinite(pixels).all():
-            raise InputError("image holds numbers that are not finite; leave those out.")
         return self.autoencoder.encode(pixels.to(self._execution_device, self.autoencoder.dtype)).latent_dist.mean
 
     @torch.no_grad()
@@ -91,6 +94,16 @@ class VectorVAEPipeline(DiffusionPipeline):
         if not torch.isfinite(latents).all():
             raise InputError("latents hold numbers that are not finite; leave those out.")
         return latents.reshape(-1, width)
+
+
+def _in_range(image: Any) -> Any:
+    """An image as diffusers' image processor takes it: a PIL image as RGB, and numbers in [0, 1]."""
+    if isinstance(image, Image.Image):
+        return rgb_image(image, "The image")
+    if isinstance(image, (np.ndarray, torch.Tensor)):
+        numbers = as_unit_range(image, "The image")
+        return numbers if isinstance(image, torch.Tensor) else numbers.numpy()
+    return image
 
 
 def _told(value: Any) -> str:

@@ -47,10 +47,14 @@ class Pictures:
 def _open_picture(file: Path) -> Any:
     from PIL import Image
 
+    from ..unit_range import rgb_image
+
     try:
-        return Image.open(file).convert("RGB")
+        picture = Image.open(file)
+        picture.load()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: of broken PNGs
         raise InputError(f"{file} is no picture that can be read ({error}); mend it or take it out.") from None
+    return rgb_image(picture, f"The picture {file}")
 
 
 def load_model(name: str) -> Any:

@@ -102,6 +102,24 @@ def test_images_given_are_encoded_and_edited():
     assert not torch.equal(pipe(image=x, output_type="pt").images, bare(image=x, output_type="pt").images)
 
 
+def test_numbers_of_images_mean_what_their_type_says():
+    bare, _, _ = loaded()
+    levels = np.arange(192, dtype=np.uint16).reshape(8, 8, 3)
+    expected = bare.encode(levels.astype(np.float32) / 255)
+    for image in (
+        levels.astype(np.uint8),
+        257 * levels,
+        [levels.astype(np.uint8)],
+        torch.from_numpy(levels.astype(np.uint8)).permute(2, 0, 1),
+        Image.fromarray(levels.astype(np.uint8)),
+    ):
+        torch.testing.assert_close(bare.encode(image), expected)
+    grey = levels[..., 0]
+    deep, plain = Image.fromarray(257 * grey), Image.fromarray(grey.astype(np.uint8))
+    assert deep.mode == "I;16"
+    torch.testing.assert_close(bare.encode(deep), bare.encode(plain))
+
+
 def test_drawn_latents_follow_the_generator():
     bare, _, _ = loaded()
     one, two, other = (
@@ -165,7 +183,10 @@ def test_bad_edits_get_a_sentence(arguments, sentence):
         ({"latents": torch.full((1, 6), torch.nan)}, "not finite"),
         ({"image": "cat.png"}, "image is a str; pass a PIL image"),
         ({"image": []}, "image is a list; pass a PIL image"),
-        ({"image": torch.full((1, 3, 8, 8), torch.nan)}, "not finite"),
+        ({"image": torch.full((1, 3, 8, 8), torch.nan)}, "(or NaN)"),
+        ({"image": torch.full((1, 3, 8, 8), -1.0)}, "outside 0 to 1"),
+        ({"image": np.full((8, 8, 3), 255, np.int32)}, "of type int32"),
+        ({"image": Image.new("RGBA", (8, 8))}, "transparent places"),
         ({"image": torch.zeros(1, 1, 8, 8)}, r"this VAE takes \(N, 3, 8, 8\)"),
         ({"image": torch.zeros(1, 3, 8, 8), "latents": LATENTS}, "image and latents were passed; pass one"),
         ({"batch_size": 0}, "batch_size=0 makes no image"),
