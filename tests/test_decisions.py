@@ -67,9 +67,10 @@ def followed_back(pipe, latents, decisions):
     return noise
 
 
-@pytest.mark.parametrize(
-    ("kind", "edit"), [*(("Stable Diffusion", edit) for edit in EDITS), ("Stable Diffusion 3", "set")]
-)
+RUNS = [*(("Stable Diffusion", edit) for edit in EDITS), ("Stable Diffusion 3", "add")]
+
+
+@pytest.mark.parametrize(("kind", "edit"), RUNS)
 def test_a_run_with_a_rule_is_followed_back_by_what_it_decided(kind, edit):
     harness = loaded(kind)
     pipe, start = harness.pipe, invert(harness.bare, IMAGES, PROMPTS, **CALL)
