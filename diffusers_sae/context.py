@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
 from .errors import InputError
 from .families import DENOISERS, Family, family_of, images_of
+from .schedule import Schedule, on_training_scale, step_numbers, timesteps_passed
 
 BRANCHES = ("cond", "uncond")
 """The branches an edit can name."""
@@ -21,23 +23,34 @@ class Context:
     """Where a running module of a pipeline is. Filled by a hook on the module before each of its calls.
 
     Args:
-        timesteps: the scheduler's, in order; one, 0, for what runs before the denoising.
+        timesteps: the scheduler's that the run passes, in order; one, 0, for what runs before the denoising.
+        steps: the step of the run that each belongs to; by default each has its own.
         step: position of the current one, as a tensor on the module's device.
         known_step: the same as a number, where it can be had without waiting for a device.
         rows: batch that the module sees.
         branches: its parts, in order and of equal size.
         size: height and width of the latents or of the image; their ratio is what counts.
         turn: which call of the module is next, where it is called once a branch.
+        moved: whether the last call showed other timesteps than were expected, so that edits must be prepared again.
     """
 
     timesteps: tuple[float, ...] = (0.0,)
-    training_timesteps: int = 1
+    steps: tuple[int, ...] = ()
     step: torch.Tensor = field(default_factory=lambda: torch.tensor(0))
     known_step: int | None = 0
     rows: int = 1
     branches: tuple[str, ...] = ("cond",)
     size: tuple[int, int] = (1, 1)
     turn: int = 0
+    moved: bool = False
+
+    def __post_init__(self) -> None:
+        self.steps = self.steps or tuple(range(len(self.timesteps)))
+
+    @property
+    def step_count(self) -> int:
+        """Steps of the run."""
+        return max(self.steps) + 1
 
     @property
     def host_step(self) -> int | None:
@@ -59,10 +72,6 @@ class Context:
         """The scheduler's timestep now; waits for the device."""
         return self.timesteps[int(self.step)]
 
-    def progress(self, timestep: float) -> float:
-        """0 at pure noise, 1 at the finished image."""
-        return 1 - timestep / self.training_timesteps
-
     def parts(self) -> Iterator[tuple[str, slice]]:
         """Every branch with its rows, which lie side by side."""
         for i, branch in enumerate(self.branches):
@@ -71,6 +80,16 @@ class Context:
     def begin(self) -> None:
         """Forget the run before."""
         self.turn = 0
+
+    def check_training_scale(self, what: str) -> None:
+        """Raise `InputError` if `what`, which is looked up by timestep, cannot be in this run."""
+
+    def lacks(self, branches: Collection[str]) -> list[str]:
+        """Those of the branches that the run does not have."""
+        return [branch for branch in branches if branch not in self.branches]
+
+    def end(self) -> None:
+        """The run has ended without an error; raises `InputError` if a step of it could not be told."""
 
 
 class TextContext(Context):
@@ -88,6 +107,9 @@ class TextContext(Context):
         self.branches = (BRANCHES[min(self.turn, 1)],)
         self.turn += 1
 
+    def lacks(self, branches: Collection[str]) -> list[str]:
+        return [branch for branch in branches if branch not in BRANCHES[: self.turn]]
+
 
 class OnePassContext(Context):
     """Context of what runs once for all images: a generator, or a handover."""
@@ -103,10 +125,8 @@ class DenoisingContext(Context):
     _family: Family
     _pipe: Any
     _call: Mapping[str, Any]
-    _table: torch.Tensor
-    _given: torch.Tensor
+    _schedule: Schedule | None = None
     _planned: tuple[str, ...] = ("cond",)
-    _unit = (1.0, 0.0)
     _asked_size: tuple[int, int] | None = None
 
     def start(self, pipe: Any, call: Mapping[str, Any]) -> None:
@@ -114,18 +134,33 @@ class DenoisingContext(Context):
         self.begin()
         self._pipe, self._call, self._family = pipe, call, family_of(pipe)
         self._expected = images_of(call)
+        self._schedule = None
 
-    def prepare(self, device: torch.device) -> None:
-        """Read the scheduler's timesteps, which are set by now, and what a compiled denoiser cannot ask for."""
-        timesteps = self._pipe.scheduler.timesteps
-        self._given = timesteps
-        self.timesteps = tuple(float(t) for t in timesteps.tolist())
-        self.training_timesteps = self._pipe.scheduler.config.num_train_timesteps
-        factor, offset = self._unit = self._family.unit(self._pipe)
-        self._table = (timesteps.to(device, torch.float32) - offset) / factor  # as the denoiser is given them
-        self._planned = self._family.branches(self._pipe, self._call)
+    @property
+    def is_prepared(self) -> bool:
+        """Whether the run's timesteps have been read; until its first step, the scheduler may get others."""
+        schedule = self._schedule
+        return schedule is not None and (schedule.begun or schedule.timesteps is self._pipe.scheduler.timesteps)
+
+    def prepare(self, device: torch.device, loop: Any = None, total: int | None = None) -> None:
+        """Read the scheduler's timesteps, which are set by now, and what a compiled denoiser cannot ask for.
+
+        Args:
+            device: the denoiser's.
+            loop, total: what the pipeline gives its progress bar.
+        """
+        pipe = self._pipe
+        passed = timesteps_passed(pipe, self._call, loop, total)
+        self._schedule = Schedule(pipe.scheduler.timesteps, passed, partial(self._family.given, pipe), device)
+        self._read(passed)
+        self._planned = self._family.branches(pipe, self._call)
         height, width = self._call.get("height"), self._call.get("width")
         self._asked_size = (height, width) if height and width else None
+
+    def _read(self, passed: range) -> None:
+        scheduler = self._pipe.scheduler
+        self.timesteps = tuple(float(t) for t in scheduler.timesteps[passed.start : passed.stop].tolist())
+        self.steps = step_numbers(scheduler, passed)
 
     def update(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """Read the denoiser's arguments for the call that is about to run."""
@@ -134,7 +169,7 @@ class DenoisingContext(Context):
         sample = next(given[n] for n in ("sample", "hidden_states", "x") if n in given)
         self.rows = len(sample)
         self.size = _size(sample, given) or self._asked_size or (1, 1)
-        self._find_step(given["timestep"])
+        self._find_step(given)
         self.branches = self._branches_now(given)
         one_by_one = len(self.branches) > 1 and self.rows == self._expected
         if self.rows % len(self.branches) or one_by_one:
@@ -143,28 +178,31 @@ class DenoisingContext(Context):
                 f"{type(self._pipe).__name__}, so none was edited; report the pipeline, or call reset_steering()."
             )
 
-    def _find_step(self, timestep: Any) -> None:
-        self.known_step = self._number_of(timestep)
-        if self.known_step is None:
-            self.step = (self._table - timestep[(0,) * timestep.ndim]).abs().argmin()
-        else:
-            # filled, since a copy from the host would wait; and no view, whose offset torch.compile may guard on
-            self.step = torch.full((), self.known_step, device=self._table.device)
+    def _find_step(self, given: Mapping[str, Any]) -> None:
+        """Find the step in the schedule; the first call of the run decides where in it the run begins."""
+        schedule, timestep = self._schedule, given["timestep"]
+        assert schedule is not None
+        if not torch.compiler.is_compiling():
+            self.moved = not schedule.begun and schedule.settle(timestep)
+            if self.moved:
+                self._read(schedule.passed)
+        begins_step = self.turn == 0 and given.get("skip_layers") is None
+        self.known_step, self.step = schedule.find(timestep, begins_step)
 
-    def _number_of(self, timestep: Any) -> int | None:
-        """The step of a timestep as a number, where that can be had without waiting for a device."""
-        if isinstance(timestep, torch.Tensor):
-            if torch.compiler.is_compiling():
-                return None
-            entry = _place_in(self._given, timestep) if self._unit == (1.0, 0.0) else None
-            if entry is not None:
-                return self.timesteps.index(self.timesteps[entry])
-            if timestep.device.type != "cpu":
-                return None
-            timestep = float(timestep[(0,) * timestep.ndim])
-        factor, offset = self._unit
-        now = timestep * factor + offset
-        return min(range(len(self.timesteps)), key=lambda i: abs(self.timesteps[i] - now))
+    def check_training_scale(self, what: str) -> None:
+        scheduler = self._pipe.scheduler
+        if not on_training_scale(scheduler):
+            raise InputError(
+                f"{what} is looked up by timestep, and those of {type(scheduler).__name__} do not count from 0 to the "
+                "training's last, as here; pass unit='raw' and numbers or functions, or use another scheduler."
+            )
+
+    def lacks(self, branches: Collection[str]) -> list[str]:
+        return [branch for branch in branches if branch not in self._planned]
+
+    def end(self) -> None:
+        if self._schedule is not None:
+            self._schedule.check()
 
     def _branches_now(self, given: Mapping[str, Any]) -> tuple[str, ...]:
         if given.get("skip_layers") is not None:  # the extra call of skip-layer guidance
@@ -181,20 +219,6 @@ class DenoisingContext(Context):
             self.turn = (self.turn + 1) % len(branches)
             return (branches[self.turn - 1],)
         return branches
-
-
-def _place_in(whole: torch.Tensor, entry: torch.Tensor) -> int | None:
-    """The index of `entry` if it is a view of one entry of `whole (T,)`.
-
-    Pipelines take their timesteps from the scheduler's tensor one by one, and the host knows where a view begins.
-    """
-    repeated = all(size == 1 or stride == 0 for size, stride in zip(entry.shape, entry.stride(), strict=True))
-    if not repeated or whole.ndim != 1 or entry.dtype != whole.dtype:
-        return None
-    if entry.untyped_storage()._cdata != whole.untyped_storage()._cdata:
-        return None
-    index, left = divmod(int(entry.storage_offset()) - int(whole.storage_offset()), max(whole.stride(0), 1))
-    return index if left == 0 and 0 <= index < len(whole) else None
 
 
 def _size(sample: Any, given: Mapping[str, Any]) -> tuple[int, int] | None:

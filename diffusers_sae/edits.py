@@ -5,6 +5,7 @@ x' = x + M · s(t) · (dec(z') - dec(z)),   dec(z') - dec(z) = Σ_j (z'_j - z_j)
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -82,9 +83,9 @@ class Edit:
         """Sign of the change by guidance branch."""
         return BRANCH_WEIGHTS[self.branch]
 
-    def in_window(self, progress: float) -> bool:
-        """Whether `start <= progress < stop`; a window that ends at 1 includes it."""
-        return self.start <= progress and (progress < self.stop or self.stop == 1)
+    def in_window(self, step: int, count: int) -> bool:
+        """Whether it acts at step `step` of a run of `count` steps; `start` and `stop` are fractions of the steps."""
+        return math.floor(self.start * count + 1e-6) <= step < math.floor(self.stop * count + 1e-6)
 
 
 def make_edit(
@@ -114,8 +115,8 @@ def make_edit(
         raise InputError(f"steer takes a dict {{feature: strength}} with at least one feature, not {features!r}.")
     if not (0 <= start < stop <= 1):
         raise InputError(
-            f"start={start} and stop={stop} are no window of progress; it needs 0 <= start < stop <= 1, "
-            "where 0 is pure noise and 1 the finished image."
+            f"start={start} and stop={stop} are no fractions of the steps; it needs 0 <= start < stop <= 1, "
+            "where 0 is before the first step and 1 after the last."
         )
     if not isinstance(preserve_norm, (bool, np.bool_)):
         raise InputError(f"preserve_norm={preserve_norm!r:.80} is no choice; pass True or False.")

@@ -1,4 +1,4 @@
-"""How each family of pipelines calls its denoiser: guidance branches, their order, and the unit of the timestep.
+"""How each family of pipelines calls its denoiser: guidance branches, their order, and what it is given as timestep.
 
 Facts read from the pipelines of diffusers 0.42; the first row of `FAMILIES` whose name is a part of the class name
 counts. A pipeline without a row is taken to put `[uncond, cond]` in one batch if it has the property
@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
@@ -35,30 +36,36 @@ class Family(NamedTuple):
     """How pipelines of one kind call their denoiser.
 
     `branches(pipe, call)` names them in order. They lie side by side in one batch, or, if `in_turn`, the denoiser is
-    called once for each. `unit(pipe)` is (a, b) such that the scheduler's timestep is a t + b where the denoiser is
-    given t. `cut_off` says that some steps may be without guidance although it is on.
+    called once for each. `given(pipe, timesteps, dtype)` is the pipeline's own expression for what it gives its
+    denoiser at timesteps of the scheduler, rounding included; it arrives in `dtype`. `cut_off` says that some steps
+    may be without guidance although it is on.
     """
 
     branches: Callable[[Any, Call], tuple[str, ...]]
     in_turn: bool = False
-    unit: Callable[[Any], tuple[float, float]] = lambda pipe: (1.0, 0.0)
+    given: Callable[[Any, torch.Tensor, torch.dtype], torch.Tensor] = lambda pipe, timesteps, dtype: timesteps
     cut_off: bool = False
 
 
-def _training_timesteps(pipe: Any) -> int:
-    return pipe.scheduler.config.num_train_timesteps
+def _share(pipe: Any, timesteps: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return timesteps.to(dtype) / 1000
 
 
-def _share(pipe: Any) -> tuple[float, float]:
-    return float(_training_timesteps(pipe)), 0.0
+def _share_cast_last(pipe: Any, timesteps: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return (timesteps / 1000).to(dtype)
 
 
-def _share_from_noise(pipe: Any) -> tuple[float, float]:
-    return -float(_training_timesteps(pipe)), float(_training_timesteps(pipe))
+def _share_from_noise(pipe: Any, timesteps: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return (1000 - timesteps) / 1000
 
 
-def _scaled(pipe: Any) -> tuple[float, float]:
-    return 1 / pipe.transformer.config.timestep_scale, 0.0
+def _scaled(pipe: Any, timesteps: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return timesteps * pipe.transformer.config.timestep_scale
+
+
+def _flow_of_angle(pipe: Any, timesteps: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    each = timesteps[:, None]  # one by one: sines of many at once may be rounded otherwise
+    return torch.cat([torch.sin(t) / (torch.cos(t) + torch.sin(t)) for t in each])
 
 
 def _guided(pipe: Any, call: Call) -> tuple[str, ...]:
@@ -103,7 +110,7 @@ FAMILIES: dict[str, Family] = {
     "InstructPix2Pix": Family(_instruct),
     "LEdits": Family(_edits),
     "PixArtSigmaPAG": Family(_perturbed(_by_scale)),
-    "SanaPAG": Family(_perturbed(_guided), unit=_scaled),
+    "SanaPAG": Family(_perturbed(_guided)),
     "PAG": Family(_perturbed(_guided)),
     "PixArt": Family(_by_scale),
     "KandinskyV22Controlnet": Family(_by_scale),
@@ -111,14 +118,15 @@ FAMILIES: dict[str, Family] = {
     "KandinskyV22Img2ImgCombined": Family(_by_scale),
     "KandinskyV22InpaintCombined": Family(_by_scale),
     "StableUnCLIP": Family(_by_scale),
-    "AuraFlow": Family(_by_scale),
-    "Flux2Klein": Family(_cond_first, in_turn=True, unit=_share),
-    "Flux": Family(_true_guidance, in_turn=True, unit=_share),
-    "QwenImage": Family(_true_guidance, in_turn=True, unit=_share),
-    "Chroma": Family(_cond_first, in_turn=True, unit=_share),
-    "ZImage": Family(_cond_first, unit=_share_from_noise, cut_off=True),
-    "SanaSprint": Family(lambda pipe, call: ("cond",)),
-    "Sana": Family(_guided, unit=_scaled),
+    "AuraFlow": Family(_by_scale, given=_share_cast_last),
+    "Flux2Klein": Family(_cond_first, in_turn=True, given=_share),
+    "Flux": Family(_true_guidance, in_turn=True, given=_share),
+    "QwenImage": Family(_true_guidance, in_turn=True, given=_share),
+    "Chroma": Family(_cond_first, in_turn=True, given=_share),
+    "ZImage": Family(_cond_first, given=_share_from_noise, cut_off=True),
+    "SanaSprint": Family(lambda pipe, call: ("cond",), given=_flow_of_angle),
+    "SanaControlNet": Family(_guided),
+    "Sana": Family(_guided, given=_scaled),
     "CogView4": Family(_cond_first, in_turn=True),
 }
 """The families that differ from the rule, by a part of the pipeline's class name."""

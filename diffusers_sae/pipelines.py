@@ -119,11 +119,13 @@ class SAESteeringMixin:
 
         Args:
             features: `{feature: strength}`. A strength is a number, a list with one number an image of the batch, a
-                function of progress, a `StrengthTable` over timesteps, or a `StrengthMap` over timesteps and places.
+                function of the fraction of the steps that are done (`i / n` at step i of n), a `StrengthTable` over
+                timesteps, or a `StrengthMap` over timesteps and places.
             adapter_name: which SAE's features; may be left out if only one is loaded.
             mode: `add` (z + s), `set` (s), `scale` (s z), `cap` (at most s), `ablate` (z - s z), or `replace`: places
                 where a feature is above s get what the nearest place holds where none is.
-            start, stop: progress between which it acts; 0 is pure noise, 1 the finished image.
+            start, stop: fractions of the steps, as in diffusers: of a run of n steps (as counted after `strength`,
+                `denoising_start` and the like) it acts at the steps from `start * n` on and before `stop * n`.
             branch: guidance branch: `cond`, `uncond`, `both`, or `contrast` (on cond, and its opposite on uncond).
             mask: places it acts at: a PIL image, whose brightness counts, 0 where it is transparent; an array, a tensor
                 or nested lists, `(H, W)` or `(images, H, W)`; or a list of them, one an image. Booleans and
@@ -271,7 +273,7 @@ class SAESteeringMixin:
 
     def progress_bar(self, iterable: Any = None, total: int | None = None) -> Any:
         """As in diffusers. Pipelines call it when their timesteps are set, so that the plan can be made ready."""
-        self._steering.prepare()
+        self._steering.prepare(iterable, total)
         return super().progress_bar(iterable, total)  # type: ignore[misc]
 
     def _named(self, name: str | None) -> LoadedSAE:

@@ -29,8 +29,9 @@ class PreparedEdit:
 
     Args:
         edit: what was asked for.
-        strengths: in raw units, a table `(T, 1 or images, 1 or H, 1 or W, m)` for each size of their maps; together
-            they are those of the features, in order.
+        strengths: in raw units, for the T timesteps that the run passes, a table
+            `(T, 1 or images, 1 or H, 1 or W, m)` for each size of their maps; together they are those of the features,
+            in order.
         inside: `(T,)`, 1 for timesteps inside the window.
         acts: for each of the T timesteps, whether it is inside and any strength is not the identity.
         features: `(m,)`, the edit's, sorted by the sizes of their strengths.
@@ -65,7 +66,7 @@ class PreparedEdit:
 
     @property
     def windowed(self) -> bool:
-        """Whether the edit has a window of progress; asked of the edit, since its strengths must not matter here."""
+        """Whether the edit has a window of steps; asked of the edit, since its strengths must not matter here."""
         return (self.edit.start, self.edit.stop) != (0.0, 1.0)
 
     def needs(self, branch: str, context: Context) -> bool:
@@ -191,11 +192,12 @@ def prepare(
     strengths = [table for _, table in tables]
     if edit.unit != "raw":
         assert statistics is not None
+        context.check_training_scale(f"unit={edit.unit!r}")
         units = torch.stack([statistics.at(t).scale(edit.unit)[features] for t in context.timesteps])
         of_groups = units[:, None, None, None].split([len(group) for group, _ in tables], -1)
         strengths = [table * unit for table, unit in zip(strengths, of_groups, strict=True)]
     identity = edit.operation.identity
-    inside = [edit.in_window(context.progress(t)) for t in context.timesteps]
+    inside = [edit.in_window(step, context.step_count) for step in context.steps]
     changing = [
         identity is None or any((table[i] != identity).any().item() for table in strengths) for i in range(len(inside))
     ]
@@ -214,6 +216,22 @@ def prepare(
     elsewhere = edit.mask is not None or edit.tokens or decision is not None
     prepared.is_shift = prepared.table is not None and not (elsewhere or edit.preserve_norm or sae.input_norm)
     return prepared
+
+
+def why_idle(edit: Edit, context: Context) -> str | None:
+    """Why an edit did not act in a run, or not on all that it is for, and the remedy; `None` if it did."""
+    if not any(edit.in_window(step, context.step_count) for step in context.steps):
+        return (
+            f"its window from start={edit.start:g} to stop={edit.stop:g} holds none of the run's {context.step_count} "
+            "steps; widen it, or take more steps"
+        )
+    missing = context.lacks(edit.weights)
+    if missing and (len(missing) == len(edit.weights) or min(edit.weights.values()) < 0):
+        return (
+            f"the run had no branch {' or '.join(missing)}, for which branch={edit.branch!r} is; "
+            "turn guidance on, or pass branch='cond'"
+        )
+    return None
 
 
 def _table(edit: PreparedEdit) -> torch.Tensor | None:

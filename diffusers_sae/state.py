@@ -16,7 +16,7 @@ from .context import Context, DenoisingContext, context_of
 from .families import image_maker_of
 from .handover import Handover, handover_of
 from .hooks import ArgumentProcessor, CaptureHook, LoadedSAE, SAEProcessor, attach, nothing
-from .prepared import prepare
+from .prepared import prepare, why_idle
 from .rules import Decision, Rule
 from .sites import Place, unwrapped
 
@@ -43,6 +43,8 @@ class _Reader:
             if self._denoiser and not torch.compiler.is_compiling():
                 self._state.prepare()
             self._context.update(args, kwargs)  # type: ignore[attr-defined]
+            if self._context.moved:
+                self._state.prepare_again(self._context)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return nothing  # a copy of the module belongs to no pipeline
@@ -67,7 +69,6 @@ class SteeringState:
         self._processors: dict[tuple[nn.Module, bool], SAEProcessor] = {}
         self._detach: dict[SAEProcessor, Callable[[], None]] = {}
         self._decisions: dict[Rule | None, Decision] = {}
-        self._prepared = False
 
     def add(self, one: LoadedSAE) -> None:
         """Hook an SAE to its module."""
@@ -128,7 +129,6 @@ class SteeringState:
     @contextmanager
     def running(self, pipe: Any, call: Mapping[str, Any]) -> Iterator[None]:
         """One call of the pipeline: the hooks act, and a site that never fired is warned of."""
-        self._prepared = False
         self._prepare_decisions(pipe._execution_device)
         for root in self._roots.values():
             if isinstance(root.context, DenoisingContext):
@@ -146,7 +146,10 @@ class SteeringState:
             maker = self._roots.get("handover" if self.handover else image_maker_of(pipe)[0])
             roots = [maker] if maker else self._roots.values()
             self.first_image += max((root.context.images for root in roots), default=0)
+        for root in self._roots.values():
+            root.context.end()
         self._warn_of_silence(pipe)
+        self._warn_of_idle_edits()
 
     @contextmanager
     def reading(self, pipe: Any) -> Iterator[None]:
@@ -162,16 +165,23 @@ class SteeringState:
         finally:
             self.armed = False
 
-    def prepare(self) -> None:
-        """Make the plan ready; the scheduler's timesteps are set by now."""
-        if not self.armed or self._prepared:
+    def prepare(self, loop: Any = None, total: int | None = None) -> None:
+        """Make the plan ready for the scheduler's timesteps, which are set by now.
+
+        `loop` and `total` are what the pipeline gives its progress bar, where that is known.
+        """
+        if not self.armed:
             return
-        self._prepared = True
         for root in self._roots.values():
-            if isinstance(root.context, DenoisingContext):
+            if isinstance(root.context, DenoisingContext) and not root.context.is_prepared:
                 device = self._pipe()._execution_device  # type: ignore[union-attr]
-                root.context.prepare(device)
+                root.context.prepare(device, loop, total)
                 self._prepare_edits(root, device)
+
+    def prepare_again(self, context: Context) -> None:
+        """Make the plan ready for other timesteps than were expected, at the first call of the denoiser."""
+        root = next(r for r in self._roots.values() if r.context is context)
+        self._prepare_edits(root, self._pipe()._execution_device)  # type: ignore[union-attr]
 
     def _prepare_edits(self, root: Root, device: torch.device) -> None:
         for one in self.loaded.values():
@@ -209,6 +219,15 @@ class SteeringState:
                         f"{what} {one.name!r} at {one.site} never acted, since {what_now}; load the SAE again.",
                         stacklevel=4,
                     )
+
+    def _warn_of_idle_edits(self) -> None:
+        for processor in self._processors.values():
+            for one in processor.loaded if processor.fired else []:
+                for prepared in one.prepared:
+                    why = why_idle(prepared.edit, one.context)
+                    if why is not None:
+                        latents = ", ".join(map(str, prepared.edit.features[:5]))
+                        warnings.warn(f"An edit of {one.name!r} (latents {latents}) did not act: {why}.", stacklevel=4)
 
     def _hold(self, place: Place) -> Root:
         """The root of a place, which tells its context its arguments from the first hook to the last."""

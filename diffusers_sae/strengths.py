@@ -1,4 +1,4 @@
-"""How strongly an edit acts: the same always, or by image, progress, timestep and place."""
+"""How strongly an edit acts: the same always, or by image, step, timestep and place."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ class StrengthMap:
 
 
 Strength = Real | Sequence[float] | Callable[[float], float] | StrengthTable | StrengthMap
-"""A number, a list with one number an image, a function of progress, or a table over timesteps (and places)."""
+"""A number, a list with one number an image, a function of the fraction of the steps that are done, or a table over
+timesteps (and places)."""
 
 
 def strength_tables(strengths: Sequence[Any], context: Context) -> list[tuple[list[int], torch.Tensor]]:
@@ -76,13 +77,15 @@ def _table(columns: list[torch.Tensor], steps: int) -> torch.Tensor:
 
 def _column(strength: Any, context: Context) -> torch.Tensor:
     """One strength, `(1 or T, 1 or images, 1 or H, 1 or W)`."""
+    if isinstance(strength, (StrengthMap, StrengthTable)):
+        context.check_training_scale(f"A {type(strength).__name__}")
     if isinstance(strength, StrengthMap):
         return torch.stack([strength.at(t) for t in context.timesteps])[:, None]
     if isinstance(strength, StrengthTable):
         return torch.tensor([strength.at(t) for t in context.timesteps])[:, None, None, None]
     if callable(strength):
-        values = [_finite_value(strength, context.progress(t)) for t in context.timesteps]
-        return torch.tensor(values)[:, None, None, None]
+        by_step = {i: _finite_value(strength, i / context.step_count) for i in dict.fromkeys(context.steps)}
+        return torch.tensor([by_step[i] for i in context.steps])[:, None, None, None]
     if isinstance(strength, Sequence):
         return torch.tensor(strength)[None, :, None, None]
     return torch.tensor(float(strength)).reshape(1, 1, 1, 1)
