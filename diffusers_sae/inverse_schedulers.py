@@ -126,6 +126,8 @@ class InverseSteps:
         self._begin, self._iterations = begin, iterations
         self.config = scheduler.config
         self.undone: tuple[float, ...] = ()
+        self.on_training_scale = True  # as those of the schedulers that can be undone
+        self.step_numbers: list[int] = []
         self._steps: list[tuple[float, ...]] = []
         self._calls = 0
         self._start = self.first_sample = torch.empty(0)
@@ -137,6 +139,8 @@ class InverseSteps:
         count = _steps_from(inner.timesteps.tolist(), self._begin)
         self.undone = tuple(inner.timesteps[-count:].tolist())
         self.timesteps = inner.timesteps[-count:].flip(0).repeat_interleave(self._iterations).to(device)
+        # backwards, so that a window holds the steps that it holds in the run that is undone
+        self.step_numbers = [step for step in reversed(range(count)) for _ in range(self._iterations)]
         self._steps = affine_steps(inner)[-count:][::-1]
         self._calls = 0
         self._check_steps()

@@ -21,7 +21,7 @@ TUNING_SEED = 80_000_000
 
 
 class Towards(NamedTuple):
-    """How images are moved towards a concept: where, the arguments of `ConceptScores.towards`, a window of progress."""
+    """How images are moved towards a concept: where, the arguments of `ConceptScores.towards`, a window of steps."""
 
     sites: tuple[str, ...] = SITES[1:]
     strength: float = 1.0

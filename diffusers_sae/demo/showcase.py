@@ -126,9 +126,9 @@ def _windows(scores: Mapping[str, ConceptScores], towards: Mapping[str, Towards]
         [
             Panel(f"“{prompt}”", prompt, 11),
             Panel("all steps", prompt, 11, edits(0, 1)),
-            Panel("first third", prompt, 11, edits(0, 1 / 3)),
-            Panel("second third", prompt, 11, edits(1 / 3, 2 / 3)),
-            Panel("last third", prompt, 11, edits(2 / 3, 1)),
+            Panel("first third", prompt, 11, edits(0, 0.35)),
+            Panel("second third", prompt, 11, edits(0.35, 0.7)),
+            Panel("last third", prompt, 11, edits(0.7, 1)),
         ],
     )
 
