@@ -4,9 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 from diffusers_sae import InputError
-from diffusers_sae.context import DenoisingContext, TextContext, _place_in
+from diffusers_sae.context import DenoisingContext, TextContext
 from diffusers_sae.families import family_of, images_of
 
 
@@ -63,56 +64,63 @@ def test_branch_order(pipe, call, branches):
 def test_update_reads_positional_and_keyword_arguments(timestep, by_name):
     context = context_of(pipeline(), prompt=["a", "b", "c"])
     sample = torch.zeros(6, 4, 8, 12)
-    if by_name:
-        context.update((), {"sample": sample, "timestep": timestep})
-    else:
-        context.update((sample, timestep), {})
-    assert context.timestep == 750 and context.known_step == 1 and context.progress(750) == 0.25
+    for t in (torch.tensor(999.0), timestep):
+        if by_name:
+            context.update((), {"sample": sample, "timestep": t})
+        else:
+            context.update((sample, t), {})
+    assert context.timestep == 750 and context.known_step == int(context.step) == 1
+    assert (context.steps, context.step_count) == ((0, 1, 2), 3)
     assert (context.rows, context.images, context.size) == (6, 3, (8, 12))
     assert dict(context.parts()) == {"uncond": slice(0, 3), "cond": slice(3, 6)}
 
 
-@pytest.mark.parametrize(("name", "given"), [("FluxPipeline", 0.25), ("ZImagePipeline", 0.75), ("SanaPipeline", 250.0)])
-def test_timesteps_in_other_units(name, given):
-    transformer = SimpleNamespace(config=SimpleNamespace(timestep_scale=1.0))
-    context = context_of(pipeline(name, guidance=False, transformer=transformer), prompt="a")
-    context.update((), {"hidden_states": torch.zeros(1, 4, 8, 8), "timestep": torch.tensor([given])})
-    assert context.timestep == 250
+def test_a_run_that_begins_later_than_expected_says_so_once():
+    context = context_of(pipeline(), prompt="a")
+    sample, moved = torch.zeros(2, 4, 8, 8), []
+    for t in (750.0, 250.0):
+        context.update((sample, torch.tensor(t)), {})
+        moved.append(context.moved)
+    assert moved == [True, False]
+    assert (context.timesteps, context.steps, context.known_step) == ((750.0, 250.0), (0, 1), 1)
 
 
 @pytest.mark.parametrize(
-    ("take", "step"),
+    ("name", "given"),
     [
-        (lambda t: t[2], 2),
-        (lambda t: t[1].expand(6), 1),
-        (lambda t: t[2:], 2),
-        (lambda t: t[[1]], None),
-        (lambda t: t[1] + 0, None),
-        (lambda t: t[1:], None),
-        (lambda t: t[0].view(torch.int32), None),
+        ("FluxPipeline", lambda t: t.expand(2) / 1000),
+        ("FluxPipeline", lambda t: t.expand(2).bfloat16() / 1000),
+        ("Flux2KleinPipeline", lambda t: t.expand(2).half() / 1000),
+        ("ZImagePipeline", lambda t: (1000 - t.expand(2)) / 1000),
+        ("SanaPipeline", lambda t: t.expand(2) * 0.3),
+        ("SanaPAGPipeline", lambda t: t.expand(2).bfloat16()),
+        ("SanaControlNetPipeline", lambda t: t.expand(2)),
+        ("SanaSprintPipeline", lambda t: torch.sin(t.expand(2)) / (torch.cos(t.expand(2)) + torch.sin(t.expand(2)))),
+        ("AuraFlowPipeline", lambda t: torch.tensor([t / 1000]).expand(2).bfloat16()),
+        ("HunyuanDiTPipeline", lambda t: torch.tensor([t] * 2).half()),
+        ("StableDiffusion3Pipeline", lambda t: t.expand(2)),
     ],
 )
-def test_a_view_of_the_schedulers_tensor_tells_its_step(take, step):
-    timesteps = torch.tensor([999.0, 750.0, 250.0])
-    assert _place_in(timesteps, take(timesteps)) == step
-
-
-def test_of_equal_timesteps_the_first_one_is_the_step():
-    pipe = pipeline()
-    pipe.scheduler.timesteps = torch.tensor([999.0, 750.0, 750.0, 250.0])
-    context = context_of(pipe)
-    for timestep in (pipe.scheduler.timesteps[2], torch.tensor(750.0), 750):
-        context.update((torch.zeros(2, 4, 8, 8), timestep), {})
-        assert (context.known_step, int(context.step)) == (1, 1)
+def test_timesteps_as_pipelines_give_them(name, given):
+    """Every position of a schedule, with the pipeline's expression: some round to the same number."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=12.0)
+    scheduler.set_timesteps(50)
+    pipe = pipeline(name, guidance=False, transformer=SimpleNamespace(config=SimpleNamespace(timestep_scale=0.3)))
+    pipe.scheduler, pipe.do_perturbed_attention_guidance = scheduler, False
+    context, found = context_of(pipe, prompt=["a", "b"], guidance_scale=0.0), []
+    for t in scheduler.timesteps:
+        context.update((), {"hidden_states": torch.zeros(2, 4, 8, 8), "timestep": given(t)})
+        found.append(context.known_step)
+    assert found == list(range(50))
 
 
 def test_branches_in_turn_alternate():
     context = context_of(pipeline("FluxPipeline"), prompt="a", true_cfg_scale=2.0, negative_prompt="b")
     seen = []
-    for _ in range(4):
-        context.update((), {"hidden_states": torch.zeros(1, 16, 8), "timestep": torch.tensor([0.75])})
-        seen.append(context.branches)
-    assert seen == [("cond",), ("uncond",)] * 2
+    for t in (0.999, 0.999, 0.75, 0.75):
+        context.update((), {"hidden_states": torch.zeros(1, 16, 8), "timestep": torch.tensor([t])})
+        seen.append((*context.branches, context.known_step))
+    assert seen == [("cond", 0), ("uncond", 0), ("cond", 1), ("uncond", 1)]
 
 
 def test_guidance_that_is_cut_off_and_skip_layer_guidance():
@@ -121,6 +129,7 @@ def test_guidance_that_is_cut_off_and_skip_layer_guidance():
     assert cut.branches == ("cond",) and cut.images == 2
     skipping = context_of(pipeline("StableDiffusion3Pipeline"), prompt=["a", "b"])
     sample = {"hidden_states": torch.zeros(2, 4, 8, 8), "timestep": torch.tensor([750.0])}
+    skipping.update((), {**sample, "hidden_states": torch.zeros(4, 4, 8, 8)})
     skipping.update((), {**sample, "skip_layers": [1]})
     assert skipping.branches == ("cond",) and skipping.images == 2
 
@@ -129,7 +138,7 @@ def test_guidance_that_is_cut_off_and_skip_layer_guidance():
 def test_a_batch_that_does_not_fit_the_branches_is_refused(rows):
     context = context_of(pipeline(), prompt="a")
     with pytest.raises(InputError, match=f"A batch of {rows} rows cannot hold the branches uncond, cond"):
-        context.update((torch.zeros(rows, 4, 8, 8), 10), {})
+        context.update((torch.zeros(rows, 4, 8, 8), 750), {})
 
 
 def test_text_encoders_read_the_prompts_first():

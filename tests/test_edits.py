@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 def at(*timesteps, step=0, **attributes):
-    context = Context(timesteps=timesteps, training_timesteps=1000, **attributes)
+    context = Context(timesteps=timesteps, **attributes)
     context.step, context.known_step = torch.tensor(step), step
     return context
 
@@ -134,7 +135,7 @@ def test_strength_kinds(sae):
     table = StrengthTable((900.0, 100.0), (1.0, 5.0))
     edit = make_edit({0: 2, 1: [3.0, 4.0], 2: lambda p: 10 * p, 3: table}, sae)
     context = at(1000.0, 200.0, step=1, rows=4, branches=("uncond", "cond"))
-    expected = torch.tensor([[[2.0, 3.0, 8.0, 5.0]], [[2.0, 4.0, 8.0, 5.0]]])
+    expected = torch.tensor([[[2.0, 3.0, 5.0, 5.0]], [[2.0, 4.0, 5.0, 5.0]]])
     torch.testing.assert_close(strengths_of(edit, sae, context), expected)
 
 
@@ -144,8 +145,41 @@ def test_functions_of_every_kind(sae):
             return np.float32(factor * progress)
 
     edit = make_edit({0: math.sqrt, 1: Rising(), 2: partial(max, 0.5), 3: torch.tensor, 4: torch.nn.Identity()}, sae)
-    context = at(1000.0, 750.0, step=1)
+    context = at(1000.0, 970.0, 800.0, 0.0, step=1)
     torch.testing.assert_close(strengths_of(edit, sae, context), torch.tensor([[[0.5, 0.5, 0.5, 0.25, 0.25]]]))
+
+
+def test_functions_are_asked_once_per_step(sae):
+    seen = []
+    edit = make_edit({0: lambda p: seen.append(p) or 8 * p}, sae)
+    context = at(900.0, 700.0, 700.0, 500.0, 500.0, steps=(0, 0, 1, 1, 2), step=3)
+    assert strengths_of(edit, sae, context).item() == pytest.approx(8 / 3)
+    assert seen == [0.0, 1 / 3, 2 / 3]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 10, 28, 50, 999])
+def test_windows_that_meet_hold_every_step_once(sae, count):
+    bounds = [0.0, 0.1, 0.3, 1 / 3, 0.6, 2 / 3, 0.7, 1.0]
+    edits = [make_edit({0: 1.0}, sae, start=a, stop=b) for a, b in pairwise(bounds)]
+    for step in range(count):
+        assert sum(edit.in_window(step, count) for edit in edits) == 1
+
+
+@pytest.mark.parametrize(
+    ("start", "stop", "count", "inside"),
+    [
+        (0.0, 0.6, 10, range(6)),  # 0.6 * 10 is 6 and rounding must not make it less
+        (0.0, 0.29, 100, range(29)),  # which is 28.999999999999996 in floating point
+        (0.3, 0.4, 4, range(1, 1)),
+        (0.25, 0.5, 4, range(1, 2)),
+        (1 / 3, 2 / 3, 28, range(9, 18)),
+        (0.0, 1.0, 1, range(1)),
+        (0.5, 1.0, 1, range(1)),
+    ],
+)
+def test_a_window_holds_these_steps(sae, start, stop, count, inside):
+    edit = make_edit({0: 1.0}, sae, start=start, stop=stop)
+    assert [step for step in range(count) if edit.in_window(step, count)] == list(inside)
 
 
 def test_what_a_strength_function_raises_is_raised(sd, sae):
@@ -333,6 +367,7 @@ def test_preserve_norm_turns_rows_and_does_not_stretch_them(sd, sae):
         ({"start": 0.9, "stop": 0.1}, "it needs 0 <= start < stop <= 1"),
         ({"stop": 1.5}, "it needs 0 <= start < stop <= 1"),
         ({"start": float("nan")}, "it needs 0 <= start < stop <= 1"),
+        ({"start": 0.5, "stop": 0.5}, "start=0.5 and stop=0.5 are no fractions of the steps"),
         ({"mask": torch.ones(4)}, "it must be (H, W), (images, H, W)"),
         ({"mask": torch.ones(0, 4)}, "it must be (H, W), (images, H, W)"),
         ({"mask": torch.full((4, 4), 2.0)}, "values outside 0 to 1"),

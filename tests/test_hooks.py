@@ -44,7 +44,7 @@ def test_a_steered_step_launches_few_kernels_and_never_waits(name):
 
 def hook(sae, *edits, branches=("uncond", "cond"), images=1, timesteps=(900.0, 500.0, 100.0), step=1, **attributes):
     """A hook with these edits, at one of the steps of a run."""
-    context = Context(timesteps, 1000, branches=branches, rows=images * len(branches), **attributes)
+    context = Context(timesteps, branches=branches, rows=images * len(branches), **attributes)
     context.step, context.known_step = torch.tensor(step), step
     module = torch.nn.Identity()
     one = LoadedSAE("test", sae, Site(SITE), Place("unet", module, module), context=context)

@@ -66,7 +66,7 @@ def test_a_rule_about_a_later_site_lets_earlier_edits_act_from_the_second_step(s
     sd.pipe.steer({3: 5.0}, adapter_name="earlier", when=Rule(features, above, "later"))
     ruled = sd.run(prompt=PROMPTS)
     sd.pipe.reset_steering()
-    sd.pipe.steer({3: 5.0}, adapter_name="earlier", start=0.3)  # the first step is at 0.25
+    sd.pipe.steer({3: 5.0}, adapter_name="earlier", start=0.25)  # all of the four steps but the first
     assert torch.equal(ruled[0], bare[0])
     assert torch.equal(ruled[1], sd.run(prompt=PROMPTS)[1])
 
