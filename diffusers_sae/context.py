@@ -142,16 +142,18 @@ class DenoisingContext(Context):
         schedule = self._schedule
         return schedule is not None and (schedule.begun or schedule.timesteps is self._pipe.scheduler.timesteps)
 
-    def prepare(self, device: torch.device, loop: Any = None, total: int | None = None) -> None:
+    def prepare(self, device: torch.device, loop: Any = None, total: int | None = None, underway: bool = False) -> None:
         """Read the scheduler's timesteps, which are set by now, and what a compiled denoiser cannot ask for.
 
         Args:
             device: the denoiser's.
             loop, total: what the pipeline gives its progress bar.
+            underway: the denoiser has been called before in this run.
         """
         pipe = self._pipe
         passed = timesteps_passed(pipe, self._call, loop, total)
-        self._schedule = Schedule(pipe.scheduler.timesteps, passed, partial(self._family.given, pipe), device)
+        given = partial(self._family.given, pipe)
+        self._schedule = Schedule(pipe.scheduler.timesteps, passed, given, device, underway)
         self._read(passed)
         self._planned = self._family.branches(pipe, self._call)
         height, width = self._call.get("height"), self._call.get("width")

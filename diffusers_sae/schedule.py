@@ -115,9 +115,15 @@ class Schedule:
         passed: positions in them that the run is expected to pass.
         given: what the pipeline makes of them.
         device: the denoiser's.
+        underway: the run has begun already, unseen, so that its next call does not tell where it began.
+
+    Attributes:
+        begun: whether the run has begun.
     """
 
-    def __init__(self, timesteps: torch.Tensor, passed: range, given: Given, device: torch.device) -> None:
+    def __init__(
+        self, timesteps: torch.Tensor, passed: range, given: Given, device: torch.device, underway: bool = False
+    ) -> None:
         self.timesteps, self._device = timesteps, device
         dtypes = list(dict.fromkeys((timesteps.dtype, torch.float32, torch.float16, torch.bfloat16)))
         # made here and not in a compiled denoiser, which may leave roundings out
@@ -125,6 +131,7 @@ class Schedule:
         self._tables = dict(zip(dtypes, tables.to(device), strict=True))
         self._values = dict(zip(dtypes, tables.tolist(), strict=True))
         self._begin_at(passed)
+        self.begun = underway
 
     def _begin_at(self, passed: range) -> None:
         """Expect a run over some of the timesteps, from its first call on."""
@@ -136,14 +143,9 @@ class Schedule:
         self._places = torch.arange(len(passed), device=self._device)
         self._reached = torch.full((), -1, device=self._device)
         self._position = torch.zeros((), dtype=torch.long, device=self._device)
-        self._last = 0
+        self._last = -1
         self._steps_begun = 0
         self._distances: list[torch.Tensor] = []
-
-    @property
-    def begun(self) -> bool:
-        """Whether the denoiser has been called."""
-        return self._steps_begun > 0
 
     def settle(self, timestep: Any) -> bool:
         """Let the first call decide where the run begins; returns whether that is elsewhere than expected.
@@ -178,6 +180,7 @@ class Schedule:
         if isinstance(timestep, torch.Tensor) and torch.compiler.is_compiling():
             return None, self._find_compiled(timestep, begins_step)
         position = self._find_on_host(timestep, begins_step) if self.begun else 0  # see `settle`
+        self.begun = True
         self._steps_begun += begins_step
         if position is None:
             self._position = self._find_on_device(timestep) if begins_step else self._position
@@ -199,7 +202,7 @@ class Schedule:
             if isinstance(timestep, torch.Tensor) and timestep.device.type != "cpu":
                 return None
             values, value = self._values_passed[self._dtype(timestep)], _number(timestep)
-            position = _index(values, value, self._last + begins_step)
+            position = _index(values, value, max(self._last + begins_step, 0))
             if position is None and values[self._last] == value:  # a further call of the same step
                 position = self._last
         else:
@@ -211,6 +214,7 @@ class Schedule:
     def _find_on_device(self, timestep: torch.Tensor) -> torch.Tensor:
         """The position of a step that begins now; `check` tells whether there is any."""
         dtype = self._dtype(timestep)
+        # every step lies at least one timestep after the one before
         least = min(self._steps_begun, len(self.passed)) - 1 if self._repeats[dtype] else 0
         distance, position = (self._tables_passed[dtype][least:] - timestep[(0,) * timestep.ndim]).abs().min(0)
         self._distances.append(distance)

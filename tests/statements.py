@@ -116,7 +116,7 @@ def of_the_choices() -> list[str]:
         f"{right['judgements']} cases in "
         f"which the right half had another, it turns, too, in "
         f"{listed([s['right_turned']['value'] for s in shown])}, for "
-        f"edits that begin at progress 0, 0.4 and 0.6 ({left['images']} images, five backgrounds;",
+        f"edits that begin at 0, 0.4 and 0.6 of the steps ({left['images']} images, five backgrounds;",
         f"`replace` keeps the background in {listed([r['background']['value'] for r in replaced])} of all images and "
         f"removes the object in {listed([r['ua']['value'] for r in replaced])}, with 2, 3 and 5 latents; at the "
         f"same share "

@@ -220,6 +220,13 @@ def test_the_first_call_decides_where_a_run_begins():
     assert run.settle(300) and run.passed == range(3, 4)
 
 
+@pytest.mark.parametrize("timestep", [500.0, torch.tensor(500.0)])
+def test_a_run_that_is_underway_begins_nowhere_else(timestep):
+    run = Schedule(torch.tensor([900.0, 700.0, 500.0, 500.0]), range(4), lambda t, dtype: t, CPU, underway=True)
+    assert run.begun
+    assert [run.find(timestep, first)[0] for first in (True, False, True)] == [2, 2, 3]
+
+
 def test_progress_tells_equal_timesteps_apart():
     run = schedule(900.0, 700.0, 700.0, 300.0)
     found = [run.find(t, first)[0] for t, first in ((900, True), (700, True), (700, False), (700, True), (300, True))]

@@ -32,9 +32,9 @@ SEED = 93_000
 TARGETS = ("panda", "rocket", "neon", "pencil sketch", "red background")
 WINDOWS = {
     "all steps": (0.0, 1.0),
-    "first third": (0.0, 1 / 3),
-    "second third": (1 / 3, 2 / 3),
-    "last third": (2 / 3, 1.0),
+    "first third": (0.0, 0.35),
+    "second third": (0.35, 0.7),
+    "last third": (0.7, 1.0),
 }
 Labelled = list[tuple[str, tuple[str, ...]]]
 """Prompts, each with the concepts that its image shows."""
