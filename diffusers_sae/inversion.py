@@ -55,13 +55,8 @@ class Inversion:
     training_timesteps: int
     size: tuple[int, int]
 
-    @property
-    def progress(self) -> float:
-        """Progress at which `run` begins, `1 - timesteps[0] / T`; edits that stop before never act."""
-        return 1 - self.timesteps[0] / self.training_timesteps
-
     def window(self, at: float | None = None) -> dict[str, float]:
-        """`start` and `stop` around one step alone: `pipe.steer({5: 8.0}, **inversion.window(at=0.6))`.
+        """`start` and `stop` of one step of `run`: `pipe.steer({5: 8.0}, **inversion.window(at=0.6))`.
 
         Args:
             at: share of the noise schedule; the step nearest to timestep `at * T` is meant. By default the first step
@@ -72,12 +67,9 @@ class Inversion:
         """
         if at is not None and not 0 < at <= self.to:
             raise InputError(f"at={at} is no share of noise that the run passes; pass a number in (0, {self.to:g}].")
-        progress = [1 - t / self.training_timesteps for t in self.timesteps] + [1.0]
-        wanted = progress[0] if at is None else 1 - at
-        i = min(range(len(self.timesteps)), key=lambda i: abs(progress[i] - wanted))
-        half = (progress[i + 1] - progress[i]) / 2
-        before = (progress[i] - progress[i - 1]) / 2 if i else half
-        return {"start": max(progress[i] - before, 0.0), "stop": progress[i] + half}
+        count, wanted = len(self.timesteps), self.timesteps[0] if at is None else at * self.training_timesteps
+        i = min(range(count), key=lambda i: abs(self.timesteps[i] - wanted))
+        return {"start": i / count, "stop": (i + 1) / count}
 
     def run(self, pipe: Any, **call: Any) -> Any:
         """Generate from the latents, with the pipeline's plan in force; without edits, the image that was inverted.
@@ -129,8 +121,8 @@ def invert(
         image: a PIL image, a tensor `(3, H, W)` or `(N, 3, H, W)`, or a list of images of one size. Floating-point
             numbers are in [0, 1]; uint8 and uint16 are divided by their type's maximum.
         prompt: what the image shows; one for all images, or one for each.
-        to: how far towards noise: up to timestep `to * T`, which is progress `1 - to`; 1 is pure noise. The steps
-            that a run of `num_inference_steps` has at or below that timestep are undone.
+        to: how far towards noise: up to timestep `to * T`; 1 is pure noise. The steps that a run of
+            `num_inference_steps` has at or below that timestep are undone.
         num_inference_steps: of a whole run from noise to image.
         iterations: calls of the model for each step. 1 is plain DDIM inversion; with 3, what `run` reconstructs
             is as near to the image as the autoencoder lets it be, at three times the cost.

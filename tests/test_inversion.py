@@ -18,6 +18,7 @@ from tiny import picture
 
 from diffusers_sae import InputError, Inversion, SAESteeringPipeline, TopKSAE, invert
 from diffusers_sae.inverse_schedulers import InverseSteps, LastSteps
+from diffusers_sae.schedule import on_training_scale
 
 KINDS = ["Stable Diffusion", "Stable Diffusion 2.1", "SDXL", "Stable Diffusion 3"]
 IMAGES = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(3))
@@ -252,18 +253,32 @@ def test_an_image_made_with_edits_is_inverted_with_them_or_without(harness):
     assert errors[True] < 2e-3 and errors[True] < errors[False] / 2
 
 
-def test_edits_act_at_the_progress_of_the_steps_that_are_run(harness):
+def test_windows_are_fractions_of_the_steps_that_are_run(harness):
     inversion = invert(harness.pipe, IMAGES[0], "ab", 0.7, num_inference_steps=10)
     steerable(harness)
     with harness.pipe.capture([harness.tiny.site]) as seen:
         plain = inversion.run(harness.pipe, output_type="pt").images
     ran = list(dict.fromkeys(seen[harness.tiny.site].timestep.tolist()))
     assert ran == pytest.approx(list(inversion.timesteps))
-    assert inversion.progress == pytest.approx(1 - inversion.timesteps[0] / 1000) and inversion.progress >= 0.299
-    harness.pipe.steer({3: 20.0}, stop=inversion.progress)  # over before the run begins
-    assert torch.equal(inversion.run(harness.pipe, output_type="pt").images, plain)
-    harness.pipe.steer({3: 20.0}, start=inversion.progress)
-    assert not torch.equal(inversion.run(harness.pipe, output_type="pt").images, plain)
+    seen_by = []
+    harness.pipe.steer({3: lambda p: seen_by.append(p) or 20.0})
+    everywhere = inversion.run(harness.pipe, output_type="pt").images
+    assert seen_by == [i / len(ran) for i in range(len(ran))] and not torch.equal(everywhere, plain)
+    harness.pipe.reset_steering()
+    harness.pipe.steer({3: 20.0}, start=0.0, stop=1.0)
+    assert torch.equal(inversion.run(harness.pipe, output_type="pt").images, everywhere)
+
+
+@pytest.mark.parametrize(("iterations", "to"), [(1, 1.0), (2, 1.0), (3, 0.6)])
+def test_inverse_steps_have_the_numbers_of_the_steps_that_they_undo(harness, iterations, to):
+    forwards = LastSteps(harness.bare.scheduler, to * 1000)
+    forwards.set_timesteps(8)
+    inverse = InverseSteps(harness.bare.scheduler, to * 1000, iterations)
+    inverse.set_timesteps(8)
+    undone = dict.fromkeys(zip(inverse.timesteps.tolist(), inverse.step_numbers, strict=True))
+    assert list(undone) == list(zip(forwards.timesteps.tolist(), range(8), strict=False))[::-1]
+    assert len(inverse.step_numbers) == iterations * len(undone)
+    assert on_training_scale(inverse) and on_training_scale(forwards)
 
 
 @pytest.mark.parametrize("step", [None, 0, 2, -1])
@@ -271,8 +286,8 @@ def test_a_window_holds_one_step(harness, step):
     inversion = invert(harness.pipe, IMAGES[0], "ab", 0.7, num_inference_steps=10)
     at = None if step is None else inversion.timesteps[step] / 1000
     window = inversion.window(at)
-    inside = [t for t in inversion.timesteps if window["start"] <= 1 - t / 1000 < window["stop"]]
-    assert inside == [inversion.timesteps[step or 0]]
+    count, index = len(inversion.timesteps), range(len(inversion.timesteps))[step or 0]
+    assert window == {"start": index / count, "stop": (index + 1) / count}
 
     steerable(harness)
     strengths = []

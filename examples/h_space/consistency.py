@@ -55,7 +55,7 @@ def by_latents(
 ) -> torch.Tensor:  # fmt: skip
     """Images inverted and denoised with one prompt each, with latents edited while they are denoised."""
     inversion = invert(pipe, images, prompts, to, num_inference_steps=STEPS, iterations=ITERATIONS)
-    window = inversion.window(at=to) if one_step else {"start": inversion.progress - 1e-6, "stop": 1.0}
+    window = inversion.window(at=to) if one_step else {}
     with pipe.steering(features, **steer, **window):
         return inversion.run(pipe, output_type="pt").images.float().cpu()
 
@@ -64,7 +64,7 @@ def without_latents(
     pipe: Any, images: torch.Tensor, prompts: Sequence[str], to: float, features: Mapping[int, Any], **steer: Any
 ) -> torch.Tensor:
     """Images that were made with latents added, inverted with these in force and denoised without them."""
-    with pipe.steering(features, start=1 - to, stop=1.0, **steer):
+    with pipe.steering(features, **steer):
         inversion = invert(pipe, images, prompts, to, num_inference_steps=STEPS, iterations=ITERATIONS, edited=True)
     return inversion.run(pipe, output_type="pt").images.float().cpu()
 

@@ -129,7 +129,7 @@ def measure_edits(
     for name, how in SETTINGS.items():
         inversion = invert(pipe, images, "", how.to, num_inference_steps=STEPS, iterations=2)
         base = ran(pipe, inversion)
-        window = inversion.window(at=how.to) if how.one_step else {"start": inversion.progress - 1e-6, "stop": 1.0}
+        window = inversion.window(at=how.to) if how.one_step else {}
         steer: dict[str, Any] = {"guidance": how.guidance, "branch": "both" if how.guidance == 1 else "cond", **window}
         features: list[dict[str, Any]] = []
         at_random: list[dict[str, Any]] = []
