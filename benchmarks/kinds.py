@@ -93,7 +93,8 @@ def main() -> None:
     prompts = list(sample_captions(args.images, seed=40_000_000))
     stores = store_activations(load_pipeline(), SITES, prompts, args.work / "store", config, **args.call)
     figures: dict[str, Any] = {"latents": args.latents, "steps": args.steps, "rows": ROWS, "sites": {}}
-    for site, store in stores.items():
+    for site in SITES:
+        store = stores[site]
         parts = {name: store.part(*part) for name, part in (("seen", (None, -HELD_OUT)), ("held", (-HELD_OUT, None)))}
         seen, held = (
             torch.cat([part.shard(i)["rows"].float() for i in range(len(part.shard_rows))]) for part in parts.values()

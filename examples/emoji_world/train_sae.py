@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from diffusers_sae import TopKSAE
+from diffusers_sae import Site, TopKSAE
 from diffusers_sae.checksums import write_checksums
 from diffusers_sae.demo.measure_sae import reconstruction
 from diffusers_sae.demo.shipped import CALL, GUIDANCE, SITES, STEPS, load_pipeline
@@ -83,14 +83,15 @@ def effects(pipe: Any, saes: Mapping[str, SparseAutoencoder], images: int) -> di
         scenes = [scene_with(factor, CONCEPT_VALUES[concept], rng) for _ in range(images)]
         prompts = [s.caption() for s in scenes]
         neutral = [replace(s, **{factor: None}).caption() for s in scenes]
-        for site, effect in concept_effect(pipe, saes, prompts, neutral, seed=EFFECT_SEED, **CALL)[0].items():
-            found[site].append(effect)
+        measured, _ = concept_effect(pipe, saes, prompts, neutral, seed=EFFECT_SEED, **CALL)
+        for site, each in found.items():
+            each.append(measured[site])
     return {site: torch.stack(each) for site, each in found.items()}
 
 
 def detectors_of(
     pipe: Any, saes: Mapping[str, SparseAutoencoder], prompts: int, batch_size: int
-) -> dict[str, ConceptDetectors]:
+) -> Mapping[Site, ConceptDetectors]:
     """Detectors from captions in which factors are left out at times."""
     rng = random.Random(DETECTOR_SEED)
     scenes = [leave_out(sample_scene(rng), rng) for _ in range(prompts)]
