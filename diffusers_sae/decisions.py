@@ -70,6 +70,12 @@ def decide_plans(pipe: Any, decisions: Mapping[Key, Any] | None, count: int) -> 
     ]
 
 
+def follows_steps(pipe: Any) -> bool:
+    """Whether an edit in force depends on the fraction of a run's steps that are done."""
+    edits = [edit for loaded in _saes(pipe).values() if loaded.enabled for edit in loaded.edits]
+    return any((e.start, e.stop) != (0.0, 1.0) or any(map(callable, e.strengths)) for e in edits)
+
+
 @contextmanager
 def plan_replaced(pipe: Any, edits: Mapping[str, Sequence[Edit]]) -> Iterator[None]:
     """Other edits in force for the length of a `with` block, by the names of their SAEs."""

@@ -8,6 +8,7 @@ inverted to 0.7 T, edited there at one timestep, and denoised (Ijishakin et al.,
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline, StableD
 from PIL import Image
 
 from .autoencoding import encode_images
-from .decisions import DecidedPlan, decide_plans, plan_replaced
+from .decisions import DecidedPlan, decide_plans, follows_steps, plan_replaced
 from .errors import InputError
 from .inverse_schedulers import InverseSteps, LastSteps, check_invertible
 from .twins import stock_class, stock_with_components, with_components
@@ -132,7 +133,8 @@ def invert(
             than about 3, take 3 `iterations` a step.
         guidance_scale: 1 is none, as in h-space editing; higher ones make the inversion less exact.
         edited: the pipeline's plan is in force meanwhile, for an image that was made with it: `run` then makes it again
-            with the same plan, and without it what it would have been.
+            with the same plan, and without it what it would have been. `start`, `stop` and strengths that follow the
+            steps count those of `run`; if a whole run made the image with such edits, pass `to=1`.
         decisions: what the rules of the plan decided when the image was made, which a run backwards cannot find out:
             `{(adapter_name, index of the edit): (N,) bool}`, needed if `edited` for every edit with a rule. The rules
             are of whole images, and watch an SAE at the site of their edit, or one of a text encoder.
@@ -156,6 +158,12 @@ def invert(
         some = [prompts[i] for i in plan.images]
         with plan_replaced(twin, plan.edits):
             latents[plan.images] = _follow_back(twin, encoded[plan.images], prompt=some, size=size, **call)
+    if edited and len(steps.undone) < num_inference_steps and follows_steps(pipe):
+        warnings.warn(
+            f"The plan has edits that follow the steps, of which `run` has {len(steps.undone)}; if a run of all "
+            f"{num_inference_steps} made the image, they acted at others, so pass to=1.",
+            stacklevel=2,
+        )
     return Inversion(
         latents, steps.undone, tuple(prompts), float(to), float(guidance_scale), num_inference_steps,
         training_timesteps, size,

@@ -1,6 +1,7 @@
 """Inversion: exact against independent float64 formulas, blind to edits, and a start for runs that edits act on."""
 
 import copy
+import warnings
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from tiny import picture
 from diffusers_sae import InputError, Inversion, SAESteeringPipeline, TopKSAE, invert
 from diffusers_sae.inverse_schedulers import InverseSteps, LastSteps
 from diffusers_sae.schedule import on_training_scale
+from diffusers_sae.twins import with_components
 
 KINDS = ["Stable Diffusion", "Stable Diffusion 2.1", "SDXL", "Stable Diffusion 3"]
 IMAGES = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(3))
@@ -301,6 +303,54 @@ def test_a_window_holds_one_step(harness, step):
     assert not torch.equal(inversion.run(harness.pipe, output_type="latent").images, plain)
     assert sum(harness.pipe._steering.loaded["one"].prepared[0].acts) == 1
     assert len(set(strengths)) == len(inversion.timesteps)
+
+
+def test_the_step_nearest_to_a_share_of_noise(sd):
+    inversion = invert(sd.pipe, IMAGES[0], "ab", 0.7, num_inference_steps=10)  # timesteps 700 or 601 down to 1 or 0
+    count = len(inversion.timesteps)
+    for at in (0.7, 0.46, 0.42, 0.001):
+        nearest = min(inversion.timesteps, key=lambda t: abs(t - 1000 * at))
+        assert inversion.window(at)["start"] == inversion.timesteps.index(nearest) / count
+
+
+FOLLOWING = {
+    "a window": {"features": {3: 20.0}, "start": 0.2, "stop": 0.5},
+    "the last steps": {"features": {3: 20.0}, "start": 0.5},
+    "a function": {"features": {3: lambda done: 20.0 * done}},
+    "of an operation": {"features": {3: 6.0}, "mode": "set", "stop": 0.4},
+}
+
+
+@pytest.mark.parametrize("edit", FOLLOWING)
+def test_a_run_is_followed_back_with_edits_at_the_steps_where_they_acted(edit):
+    harness = Harness()
+    harness.bare.unet.conv_out.weight.data *= 0.05
+    pipe, call = harness.pipe, {"num_inference_steps": 8, "iterations": 12}
+    start = invert(pipe, IMAGES, "ab", 0.7, **call)
+    steerable(harness)
+    pipe.steer(**FOLLOWING[edit])
+    made = start.run(pipe, output_type="latent").images
+    assert not torch.equal(made, start.run(harness.bare, output_type="latent").images)
+    twin = with_components(pipe, scheduler=InverseSteps(pipe.scheduler, 700, 12))
+    size = {"height": 16, "width": 16, "num_inference_steps": 8, "guidance_scale": 1.0}
+    found = twin(["ab"] * 2, latents=made, output_type="latent", **size).images
+    assert (found - start.latents).norm() < 1e-3 * start.latents.norm()
+
+
+def test_steps_that_are_left_out_warn_where_edits_count_them(sd):
+    sd.pipe.load_sae(random_sae())
+    call = {"num_inference_steps": 4, "edited": True}
+
+    def warned(to=0.7, **edit) -> bool:
+        with warnings.catch_warnings(record=True) as caught, sd.pipe.steering(**edit):
+            warnings.simplefilter("always")
+            invert(sd.pipe, IMAGES, "ab", to, **call)
+        return any("so pass to=1" in str(each.message) for each in caught)
+
+    assert warned(features={3: 2.0}, stop=0.5) and warned(features={3: lambda done: done})
+    assert not warned(features={3: 2.0}) and not warned(1.0, features={3: 2.0}, stop=0.5)
+    call["edited"] = False
+    assert not warned(features={3: 2.0}, stop=0.5)
 
 
 def test_run_takes_another_prompt_and_guidance(sd):
