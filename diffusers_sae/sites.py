@@ -215,9 +215,12 @@ INPUT_NAMES = {"image": "hidden_states", "text": "encoder_hidden_states"}
 
 
 def input_of(args: tuple, kwargs: dict[str, Any], stream: str = "image") -> torch.Tensor:
-    """The hidden states that a block was called with."""
-    name = INPUT_NAMES[stream]
-    return kwargs[name] if name in kwargs else args[STREAMS.index(stream)]
+    """The hidden states that a block was called with; raises `InputError` if there are none of that stream."""
+    name, i = INPUT_NAMES[stream], STREAMS.index(stream)
+    given = kwargs[name] if name in kwargs else args[i] if i < len(args) else None
+    if not isinstance(given, torch.Tensor):
+        raise InputError(f"The block is given no {stream} stream ({name}); choose another block, or the kind output.")
+    return given
 
 
 def with_input(args: tuple, kwargs: dict[str, Any], stream: str, tensor: torch.Tensor) -> tuple[tuple, dict[str, Any]]:

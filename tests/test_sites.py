@@ -192,6 +192,14 @@ def test_texts_that_are_no_site(sd, sae, text, sentence):
         pass
 
 
+@pytest.mark.parametrize("kind", ["input", "update"])
+@pytest.mark.parametrize("path", [f"{SITE}.proj_in", f"{SITE}.transformer_blocks.0.attn1"])
+def test_a_stream_that_a_block_is_not_given(sd, path, kind):
+    sentence = "is given no text stream .encoder_hidden_states"
+    with pytest.raises(InputError, match=sentence), sd.pipe.capture([f"{path}@{kind},text"]):
+        sd.run()
+
+
 def test_a_text_is_not_a_path():
     with pytest.raises(InputError, match="pass Site.of\\('unet.mid_block@input'\\)"):
         Site("unet.mid_block@input")
