@@ -1,7 +1,9 @@
 """Steps of real runs, against a count of what the scheduler has finished whenever the denoiser is called."""
 
+import sys
 import warnings
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import diffusers
@@ -33,6 +35,9 @@ from torch.utils._pytree import tree_map
 
 from diffusers_sae import InputError, StrengthMap, StrengthTable
 from diffusers_sae.schedule import Schedule, on_training_scale, place_in, step_numbers, timesteps_passed
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+from counting_device import DEVICE, counted
 
 CPU = torch.device("cpu")
 continuous = partial(
@@ -225,6 +230,39 @@ def test_a_run_that_is_underway_begins_nowhere_else(timestep):
     run = Schedule(torch.tensor([900.0, 700.0, 500.0, 500.0]), range(4), lambda t, dtype: t, CPU, underway=True)
     assert run.begun
     assert [run.find(timestep, first)[0] for first in (True, False, True)] == [2, 2, 3]
+
+
+def flow_on(device, shift):
+    """A run of 50 steps on a device, as Flux gives its timesteps to a transformer in bfloat16."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(50)
+    timesteps = scheduler.timesteps.to(device)
+    run = Schedule(timesteps, range(50), lambda t, dtype: t.to(dtype) / 1000, device)
+    return run, [t.expand(2).to(torch.bfloat16) / 1000 for t in timesteps]
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 12.0])
+def test_an_accelerator_finds_every_step_and_is_waited_for_once(shift):
+    with counted() as counts:
+        run, given = flow_on(DEVICE, shift)
+        assert not run.settle(given[0])
+        counts.clear()
+        found = [run.find(t, first)[1] for t in given for first in (True, False)]
+        assert not counts.waits and counts.launches.total() <= 1 + 4 * 49 + 1
+        assert [int(position) for position in found] == [i for i in range(50) for _ in range(2)]
+        run.check()
+
+
+@pytest.mark.parametrize("shift", [1.0, 12.0])
+def test_an_accelerator_says_in_the_end_that_a_timestep_was_on_no_schedule(shift):
+    with counted():
+        run, given = flow_on(DEVICE, shift)
+        for t in (given[0], given[1], given[-1] / 2):
+            run.find(t, True)
+        with pytest.raises(InputError, match="a timestep that is not ahead on the schedule of this run"):
+            run.check()
+        with pytest.raises(InputError, match="is not ahead on the schedule of this run"):
+            run.settle(given[0] + 1)
 
 
 def test_progress_tells_equal_timesteps_apart():
