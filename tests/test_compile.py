@@ -4,6 +4,8 @@ import pytest
 import torch
 from conftest import Harness
 
+from diffusers_sae import StrengthMap
+
 KINDS = ["Stable Diffusion", "SDXL", "Flux"]
 
 
@@ -56,6 +58,17 @@ def test_modes_that_read_the_code_compile(mode):
     for one in (eager, harness):
         one.pipe.load_sae(one.sae())
         one.pipe.steer({3: 0.5, 5: 0.25}, mode=mode)
+    compiled(harness, counter)
+    torch.testing.assert_close(harness.run(), eager.run(), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["add", "set"])
+def test_maps_and_masks_of_other_sizes_than_the_grid_compile(mode):
+    eager, harness, counter = Harness(), Harness(), Counter()
+    maps = {3 + i: StrengthMap((500.0,), torch.rand(1, size, size)) for i, size in enumerate((2, 12, 16))}
+    for one in (eager, harness):
+        one.pipe.load_sae(one.sae())
+        one.pipe.steer(maps, mode=mode, mask=torch.eye(12))
     compiled(harness, counter)
     torch.testing.assert_close(harness.run(), eager.run(), atol=1e-4, rtol=1e-3)
 

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from diffusers_sae import InputError
-from diffusers_sae.unit_range import as_unit_range
+from diffusers_sae.unit_range import as_unit_range, rgb_image
 
 WHITE_AND_GREY = {
     "bool": (np.array([[False, True]]), [[0.0, 1.0]]),
@@ -90,6 +90,20 @@ def test_images_of_every_mode(mode):
     image, expected = IMAGES[mode]
     assert image.mode == mode
     torch.testing.assert_close(as_unit_range(image, "The image"), torch.tensor(expected), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("mode", IMAGES)
+def test_images_of_every_mode_in_8_bits(mode):
+    image, expected = IMAGES[mode]
+    colours = np.array(expected)
+    colours = np.repeat(colours[..., None], 3, -1) if colours.ndim == 2 else colours
+    assert (np.array(rgb_image(image, "The image")) == (255 * colours).round()).all()
+
+
+def test_8_bits_stay_as_they_are():
+    every = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    for image in (Image.fromarray(every), Image.fromarray(np.stack([every, every.T, 255 - every], -1))):
+        assert rgb_image(image, "The image").tobytes() == image.convert("RGB").tobytes()
 
 
 def with_transparent_colour(image, colour):
