@@ -9,6 +9,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -113,7 +114,7 @@ def make_edit(
             raise InputError(f"{value!r} is not a {name}; choose one of {', '.join(known)}.")
     if not isinstance(features, Mapping) or not features:
         raise InputError(f"steer takes a dict {{feature: strength}} with at least one feature, not {features!r}.")
-    if not (0 <= start < stop <= 1):
+    if not (_is_number(start) and _is_number(stop) and 0 <= start < stop <= 1):
         raise InputError(
             f"start={start} and stop={stop} are no fractions of the steps; it needs 0 <= start < stop <= 1, "
             "where 0 is before the first step and 1 after the last."
@@ -139,6 +140,10 @@ def make_edit(
         () if tokens is None else checked_tokens(tokens),
         bool(preserve_norm),
     )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _check_unit(statistics: LatentStatistics, unit: str, features: list[int]) -> None:

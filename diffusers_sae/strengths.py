@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -129,22 +129,27 @@ def checked_strength(feature: int, strength: Any) -> Any:
     elif isinstance(strength, StrengthTable):
         strength = _checked_table(feature, strength)
         numbers = strength.values
-    elif isinstance(strength, Real):
-        numbers = [float(strength)]
     else:
-        try:
-            if isinstance(strength, (str, bytes)):
-                raise TypeError("its digits would be a strength each")
-            numbers = strength = [float(v) for v in strength]
-        except (TypeError, ValueError):
-            raise InputError(
-                f"The strength {strength!r} of feature {feature} is not a number, a list of numbers (one an image), "
-                "a function of progress, a StrengthTable or a StrengthMap; pass one of those."
-            ) from None
+        strength = _checked_numbers(feature, strength)
+        numbers = [strength] if isinstance(strength, float) else strength
     if not numbers or not all(math.isfinite(v) for v in numbers):
         shown = "a map with numbers that are not" if isinstance(strength, StrengthMap) else strength
         raise InputError(f"The strength of feature {feature} is {shown}; every number in it must be finite.")
-    return float(strength) if isinstance(strength, Real) else strength
+    return strength
+
+
+def _checked_numbers(feature: int, strength: Any) -> float | list[float]:
+    """A number, or the numbers of a list, as floats; raises `InputError`."""
+    try:
+        if isinstance(strength, (str, bytes, Mapping, Set)):
+            raise TypeError("digits, keys and what has no order are no strengths of images")
+        return float(strength) if isinstance(strength, Real) else [float(v) for v in strength]
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        shown = " ".join(f"{strength!r:.80}".split())
+        raise InputError(
+            f"The strength {shown} of feature {feature} is not a number, a list of numbers (one an image), "
+            "a function of progress, a StrengthTable or a StrengthMap; pass one of those."
+        ) from None
 
 
 def _checked_table(feature: int, strength: StrengthTable) -> StrengthTable:
@@ -157,21 +162,31 @@ def _checked_table(feature: int, strength: StrengthTable) -> StrengthTable:
         raise InputError(
             f"The StrengthTable of feature {feature} is {strength!r:.120}; pass numbers, as many values as timesteps."
         )
+    _check_timesteps(feature, timesteps)
     return StrengthTable(timesteps, values)
 
 
 def _checked_map(feature: int, strength: StrengthMap) -> StrengthMap:
     """A copy of a map for a plan, in fp32 on the CPU, whatever the caller does with theirs; raises `InputError`."""
     try:
-        values = torch.as_tensor(strength.values).detach().to("cpu", torch.float32, copy=True)
+        timesteps = tuple(float(t) for t in strength.timesteps)
+        if (values := torch.as_tensor(strength.values)).is_complex():
+            raise TypeError("a strength is a real number")
+        values = values.detach().to("cpu", torch.float32, copy=True)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise InputError(
-            f"The StrengthMap of feature {feature} has values that are no tensor; pass one of (timesteps, height, "
-            "width)."
+            f"The StrengthMap of feature {feature} has values that are no tensor of real numbers, or timesteps that "
+            "are no numbers; pass a tensor (timesteps, height, width), and as many numbers."
         ) from None
-    if values.ndim != 3 or len(values) != len(strength.timesteps):
+    if values.ndim != 3 or len(values) != len(timesteps):
         raise InputError(
-            f"The StrengthMap of feature {feature} has {len(strength.timesteps)} timesteps and values of shape "
+            f"The StrengthMap of feature {feature} has {len(timesteps)} timesteps and values of shape "
             f"{tuple(values.shape)}; the values must be (timesteps, height, width)."
         )
-    return StrengthMap(strength.timesteps, values)
+    _check_timesteps(feature, timesteps)
+    return StrengthMap(timesteps, values)
+
+
+def _check_timesteps(feature: int, timesteps: Sequence[float]) -> None:
+    if not all(math.isfinite(t) for t in timesteps):
+        raise InputError(f"The strength of feature {feature} has timesteps that are not finite; pass finite ones.")

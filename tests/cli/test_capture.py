@@ -3,14 +3,11 @@
 import json
 import shutil
 
-import numpy as np
 import pytest
 from conftest import SITE, Harness
 from PIL import Image
 
-from diffusers_sae import InputError
 from diffusers_sae.capture import ActivationStore
-from diffusers_sae.cli.sources import Pictures
 
 LAYER = "text_encoder.encoder.layers.0"
 CALL = '{"num_inference_steps": 2, "guidance_scale": 5.0, "height": 16, "width": 16}'
@@ -99,20 +96,6 @@ def test_a_mistake_does_not_spoil_the_folder(command, folder):
     wrong = CALL.replace("16}", "13}")
     assert command("capture", "model", "p.txt", "--site", SITE, "--out", "store", "--call", wrong).code == 2
     assert command("capture", "model", "p.txt", "--site", SITE, "--out", "store", "--call", CALL).code == 0
-
-
-def test_pictures_of_16_bits_are_those_of_8(folder):
-    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    Image.fromarray(grey).save(folder / "pictures" / "0.png")
-    Image.fromarray(grey.astype(np.uint16) * 257).save(folder / "pictures" / "1.png")
-    eight, sixteen = Pictures(folder / "pictures")[:2]
-    assert eight.mode == sixteen.mode == "RGB" and eight.tobytes() == sixteen.tobytes()
-
-
-def test_a_picture_with_transparent_places_is_refused(folder):
-    Image.new("RGBA", (16, 16), (255, 0, 0, 128)).save(folder / "pictures" / "0.png")
-    with pytest.raises(InputError, match=r"0.png has transparent places, which have no colour; paste it on"):
-        Pictures(folder / "pictures").check(1)
 
 
 def test_a_broken_picture_is_refused_before_the_first_shard(command, folder):
