@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,6 +31,7 @@ class Context:
         size: height and width of the latents or of the image; their ratio is what counts.
         turn: which call of the module is next, where it is called once a branch.
         moved: whether the last call showed other timesteps than were expected, so that edits must be prepared again.
+        first_image: number of the first image of the batch, counted over calls of the pipeline.
     """
 
     timesteps: tuple[float, ...] = (0.0,)
@@ -43,6 +43,7 @@ class Context:
     size: tuple[int, int] = (1, 1)
     turn: int = 0
     moved: bool = False
+    first_image: int = 0
 
     def __post_init__(self) -> None:
         self.steps = self.steps or tuple(range(len(self.timesteps)))
@@ -233,16 +234,6 @@ def _size(sample: Any, given: Mapping[str, Any]) -> tuple[int, int] | None:
         height, width = (shape[0] if isinstance(shape, list) else shape)[-2:]
         return height, width
     return None
-
-
-def arguments_of(function: Any, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by name, defaults filled in; empty if they do not fit, which the call itself will say."""
-    try:
-        bound = inspect.signature(function).bind(*args, **kwargs)
-    except TypeError:
-        return {}
-    bound.apply_defaults()
-    return bound.arguments
 
 
 def context_of(component: str) -> Context:

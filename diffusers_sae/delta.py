@@ -10,6 +10,15 @@ def moved(x: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
     return torch.where(change == 0, x, (x.float() + change).to(x.dtype))
 
 
+def preserve_norm(x: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    """The change after which every row of `x + change` has the norm that it has in `x`; fp32, `(..., d)`.
+
+    Where `change` is 0, so is the result.
+    """
+    y = x + change
+    return y * (x.norm(dim=-1, keepdim=True) / y.norm(dim=-1, keepdim=True).clamp(min=1e-12)) - x
+
+
 def write_moved(result: torch.Tensor, x: torch.Tensor, rows: slice, change: torch.Tensor) -> None:
     """Write `moved(x[rows], change)` to `result[rows]`; in three kernels where it can be."""
     if _may_write():

@@ -59,9 +59,9 @@ BRANCH_WEIGHTS: dict[str, dict[str, float]] = {
 """Sign of the change on the rows of each guidance branch, by what `steer(branch=...)` says."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Edit:
-    """One operation on some latents of one SAE: when, where, and how strongly."""
+    """One operation on some latents of one SAE: when, where, and how strongly. Edits are told apart by identity."""
 
     features: tuple[int, ...]
     strengths: tuple[Any, ...]

@@ -43,12 +43,12 @@ def handover_of(pipe: Any) -> Handover | None:
 
 
 def methods_through_handover(cls: Any) -> dict[str, Callable]:
-    """The methods of a pipeline's class that make embeddings, such that these pass through its handover."""
+    """The methods of a pipeline's class that make or take embeddings, such that these pass through its handover."""
     if branches_handed_over(cls) is None:
         return {}
-    names = ("noise_image_embeddings",) if hasattr(cls, "noise_image_embeddings") else ("__call__", "interpolate")
-    make = _before if hasattr(cls, "noise_image_embeddings") else _after
-    return {name: make(getattr(cls, name)) for name in names}
+    if hasattr(cls, "noise_image_embeddings"):
+        return {"noise_image_embeddings": _before(cls.noise_image_embeddings)}
+    return {name: _after(getattr(cls, name)) for name in ("__call__", "interpolate")}
 
 
 def _before(method: Callable) -> Callable:
@@ -62,19 +62,15 @@ def _before(method: Callable) -> Callable:
 
 
 def _after(method: Callable) -> Callable:
-    """What the method returns passes through the handover, but not what it gets from others of these methods."""
+    """What the method returns passes through the handover."""
 
     @functools.wraps(method)
     def through(self: Any, *args: Any, **kwargs: Any) -> Any:
-        state = self._steering
-        if state.armed:
-            return method(self, *args, **kwargs)
-        with state.running(self, {}):
-            made = method(self, *args, **kwargs)
-            embeds, negative = made if isinstance(made, tuple) else made.to_tuple()
-            rows = torch.cat([torch.as_tensor(negative), torch.as_tensor(embeds)])[:, None]
-            found = state.handover(rows)[:, 0].chunk(2)
-            negative, embeds = found if isinstance(embeds, torch.Tensor) else (each.numpy() for each in found)
-            return (embeds, negative) if isinstance(made, tuple) else type(made)(embeds, negative)
+        made = method(self, *args, **kwargs)
+        embeds, negative = made if isinstance(made, tuple) else made.to_tuple()
+        rows = torch.cat([torch.as_tensor(negative), torch.as_tensor(embeds)])[:, None]
+        edited = self._steering.handover(rows)[:, 0].chunk(2)
+        negative, embeds = edited if isinstance(embeds, torch.Tensor) else (each.numpy() for each in edited)
+        return (embeds, negative) if isinstance(made, tuple) else type(made)(embeds, negative)
 
     return through

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,13 @@ import torch
 from diffusers import DiffusionPipeline
 
 from .activations import Activations, SiteActivations
-from .context import Context, arguments_of
+from .context import Context
 from .disk import write_whole
 from .edits import Edit, check_fits, make_edit
 from .errors import InputError
 from .families import check_supported, pipeline_class
 from .handover import methods_through_handover
-from .hooks import CaptureHook, LoadedSAE
+from .hooks import LoadedSAE, Observer, SteeringState, as_run, is_run, run_of
 from .loaders import Source, load_sae
 from .origin import base_model, warn_of_other_recipe, warn_of_other_sae
 from .recipes import plan_of, read_json, recipe_of
@@ -29,7 +29,6 @@ from .rules import Rule, checked_rule
 from .saes import SparseAutoencoder
 from .site_mapping import distinct_sites
 from .sites import Site, resolve
-from .state import SteeringState
 from .strengths import Strength
 from .widths import check_update, row_width_of
 
@@ -39,6 +38,39 @@ class SAESteeringMixin:
 
     SAEs are side-loaded, as LoRAs are: they are no components, and `save_pretrained` writes the stock pipeline.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Make the calls of a pipeline's class runs, whether it is a user's or made on the fly."""
+        super().__init_subclass__(**kwargs)
+        if not issubclass(cls, DiffusionPipeline):
+            return
+        mixin, pipeline = (cls.__mro__.index(each) for each in (SAESteeringMixin, DiffusionPipeline))
+        if mixin > pipeline:
+            raise InputError(
+                f"{cls.__name__} inherits steering after the pipeline, whose methods would come first; write "
+                f"class {cls.__name__}(SAESteeringPipeline, ...)."
+            )
+        through_handover = methods_through_handover(cls)
+        for name in {"__call__": None, **through_handover}:
+            method = getattr(cls, name)
+            if name == "noise_image_embeddings":
+                cls.noise_image_embeddings = through_handover[name]  # type: ignore[attr-defined]
+            elif not is_run(method):
+                nested = method if name in through_handover else None
+                setattr(cls, name, as_run(through_handover.get(name, method), nested))
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        """Copies and pickles carry the plan, to be the plan of an independent pipeline."""
+        attributes = {name: value for name, value in self.__dict__.items() if name != "_steering_state"}
+        plan = [replace(loaded, place=None) for loaded in self._steering.loaded.values()]  # type: ignore[arg-type]
+        made_of = type(self).__dict__.get("_made_of")
+        return _empty, (SAESteeringPipeline if made_of else type(self), made_of), {**attributes, "_plan": plan}
+
+    def __setstate__(self, attributes: dict[str, Any]) -> None:
+        plan = attributes.pop("_plan", [])
+        self.__dict__.update(attributes)
+        for loaded in plan:
+            self._steering.add(replace(loaded, place=resolve(self, loaded.site), edits=list(loaded.edits)))
 
     @property
     def _steering(self) -> SteeringState:
@@ -215,13 +247,11 @@ class SAESteeringMixin:
         for where, place in zip(found, places, strict=True):
             check_update(where, place)
         activations = Activations((place, SiteActivations(place)) for place in places)
-        state = self._steering
 
         def take(site: Site, x: torch.Tensor, context: Context) -> None:
-            activations.take(site, x, context, state.first_image)
+            activations.take(site, x, context, context.first_image)
 
-        hooks = [CaptureHook(place, take, lambda: state.armed) for place in places]
-        with state.attached(list(zip(found, hooks, strict=True))):
+        with self._steering.observed([Observer(*each, take) for each in zip(places, found, strict=True)]):
             yield activations
 
     def check_sae(self, prompt: Any = None, adapter_name: str | None = None, **call: Any) -> Any:
@@ -273,7 +303,9 @@ class SAESteeringMixin:
 
     def progress_bar(self, iterable: Any = None, total: int | None = None) -> Any:
         """As in diffusers. Pipelines call it when their timesteps are set, so that the plan can be made ready."""
-        self._steering.prepare(iterable, total)
+        run = run_of(self)
+        if run is not None:
+            run.prepare(iterable, total)
         return super().progress_bar(iterable, total)  # type: ignore[misc]
 
     def _named(self, name: str | None) -> LoadedSAE:
@@ -332,10 +364,10 @@ class SAESteeringPipeline(SAESteeringMixin):
             raise InputError(f"from_pipe takes a diffusers pipeline, not {type(pipeline).__name__}; pass one.")
         if issubclass(cls, DiffusionPipeline):
             return super().from_pipe(pipeline, **{"dtype": pipeline.dtype, **kwargs})  # type: ignore[misc]
-        pipe = copy.copy(pipeline)
+        stock = type(pipeline)
+        pipe = _empty(stock, None if issubclass(stock, SAESteeringPipeline) else stock)
+        pipe.__dict__.update(pipeline.__dict__)
         pipe.__dict__.pop("_steering_state", None)
-        if not isinstance(pipe, SAESteeringPipeline):
-            pipe.__class__ = _steerable(type(pipe))  # type: ignore[arg-type]
         if kwargs:
             pipe.register_modules(**kwargs)
         return pipe
@@ -344,12 +376,20 @@ class SAESteeringPipeline(SAESteeringMixin):
 @functools.cache
 def _steerable(cls: Any) -> type:
     """`cls` with steering, under the same name and module, so that it saves and loads as the stock class."""
+    described = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(cls.__name__, (SAESteeringPipeline, cls), {**described, "_made_of": cls})
 
-    @functools.wraps(cls.__call__)
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with self._steering.running(self, arguments_of(cls.__call__, (self, *args), kwargs)):
-            return cls.__call__(self, *args, **kwargs)
 
-    told = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
-    methods = {"__call__": __call__, **methods_through_handover(cls)}
-    return type(cls.__name__, (SAESteeringPipeline, cls), {**told, **methods})
+def _empty(cls: Any, made_of: type | None) -> Any:
+    """A pipeline without attributes, as `pickle` and `copy` begin with: classes made on the fly have no name."""
+    steerable: Any = cls if made_of is None else _steerable(made_of)
+    return steerable.__new__(steerable)
+
+
+def shared_copy(pipe: Any) -> Any:
+    """A light copy of a pipeline, steerable or not, that shares the plan and what observes it."""
+    if isinstance(pipe, SAESteeringMixin):
+        assert pipe._steering is not None  # so that there is one to share
+    twin = object.__new__(type(pipe))
+    twin.__dict__.update(pipe.__dict__)
+    return twin

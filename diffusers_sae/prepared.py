@@ -6,6 +6,7 @@ where users change numbers.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
@@ -85,17 +86,21 @@ class PreparedEdit:
         delta = self._unmasked(x, z, context, grid)
         weight = self.edit.weights[branch]
         delta = delta if weight == 1 else weight * delta
-        if self.edit.preserve_norm:
-            delta = _norm_preserving(x.float(), delta)
+        reach = self.reach(x, context, grid)
+        return delta if reach is None else delta * reach
+
+    def reach(self, x: torch.Tensor, context: Context, grid: tuple[int, int] | None) -> torch.Tensor | None:
+        """M: how much of the change each row gets, in [0, 1], `(1 or images, 1 or P, 1)`; `None` for all of it."""
+        factors = []
         if self.windowed and context.host_step is None:  # with the step known, only edits that act come here
-            delta = delta * self.inside.index_select(0, context.step.reshape(1))
+            factors.append(self.inside.index_select(0, context.step.reshape(1)))
         if self.mask is not None:
-            delta = delta * self._mask_at(grid, context.images)
+            factors.append(self._mask_at(grid, context.images))
         if self.edit.tokens:
-            delta = delta * self._chosen_tokens(x)
+            factors.append(self._chosen_tokens(x))
         if self.decision is not None:
-            delta = delta * self.decision.weights(x, grid)
-        return delta
+            factors.append(self.decision.weights(x, grid))
+        return functools.reduce(torch.mul, factors) if factors else None
 
     def _unmasked(
         self, x: torch.Tensor, z: torch.Tensor | None, context: Context, grid: tuple[int, int] | None
@@ -243,12 +248,6 @@ def _table(edit: PreparedEdit) -> torch.Tensor | None:
     if steps * images * edit.directions.shape[-1] > TABLE_LIMIT:
         return None
     return edit.inside[:, None, None] * (strengths[:, :, 0, 0] @ edit.directions)
-
-
-def _norm_preserving(x: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-    """The change after which every row of `x + delta` is scaled back to the norm of `x`'s."""
-    moved = x + delta
-    return moved * (x.norm(dim=-1, keepdim=True) / moved.norm(dim=-1, keepdim=True).clamp(min=1e-12)) - x
 
 
 def _places(grid: tuple[int, int], device: torch.device) -> torch.Tensor:

@@ -243,11 +243,15 @@ def update_of(output: torch.Tensor, given: torch.Tensor, site: Site) -> torch.Te
 
 
 class Place(NamedTuple):
-    """A site's module, and the component of the pipeline that it lies in; of an argument, the component is both."""
+    """A site's module, and the component of the pipeline that it lies in; of an argument, the component is both.
+
+    `path` is the module's in the component. Adapters may put another module there.
+    """
 
     root_name: str
     root: nn.Module
     module: nn.Module
+    path: str = ""
 
     @property
     def is_argument(self) -> bool:
@@ -296,7 +300,7 @@ def resolve(pipe: Any, site: Site) -> Place:
             f"{site.path!r} does not exist in {type(root).__name__}; the nearest are "
             f"{', '.join(f'{component}.{n}' for n in near)}."
         )
-    return Place(component, root, modules[rest])
+    return Place(component, root, modules[rest], rest)
 
 
 def _elsewhere(rest: str, modules: Collection[str]) -> str:

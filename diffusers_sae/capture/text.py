@@ -13,7 +13,7 @@ import torch
 
 from ..context import Context, TextContext
 from ..errors import InputError
-from ..hooks import CaptureHook
+from ..hooks import Observer, SteeringRun
 from ..layouts import LAYOUTS
 from ..site_mapping import SiteMapping, distinct_sites
 from ..sites import Site, resolve
@@ -120,8 +120,9 @@ def stream_prompts_at(
             if site not in seen:  # later calls would be of negative prompts
                 seen[site] = LAYOUTS[site.layout].to_rows(x).detach().cpu(), context.ids.cpu()
 
-        hooks = [(place, CaptureHook(at, take, lambda: state.armed)) for place, at in zip(modules, places, strict=True)]
-        with nullcontext() if steered else state.unsteered(), state.attached(hooks), state.reading(pipe):
+        observers = [Observer(at, module, take) for at, module in zip(places, modules, strict=True)]
+        plan = nullcontext() if steered else state.unsteered()
+        with plan, state.observed(observers), SteeringRun(state, pipe, {}, reads_only=True):
             _encode(pipe, batch, encode)
         read = {}
         for at in places:

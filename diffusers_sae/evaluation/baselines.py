@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
-from ..hooks import LoadedSAE
+from ..context import Context
+from ..hooks import LoadedSAE, SAERun
 from ..prepared import PreparedEdit
+from ..rules import Decision
 from ..saes import SparseAutoencoder
 from ..sites import Site, resolve
 
@@ -27,8 +29,22 @@ class WithErrorTerm(LoadedSAE):
 
     weight: float = 1.0
 
-    def make_ready(self, prepared: list[PreparedEdit]) -> None:
-        self.prepared = prepared  # and no shifts: the error term depends on activations, whatever the edit
+    def in_run(self, context: Context, prepared: list[PreparedEdit], decisions: list[Decision]) -> SAERun:
+        return _ErrorTermRun(self, context, prepared, decisions, self.weight)
+
+
+class _ErrorTermRun(SAERun):
+    def __init__(
+        self,
+        loaded: LoadedSAE,
+        context: Context,
+        prepared: list[PreparedEdit],
+        decisions: list[Decision],
+        weight: float,
+    ) -> None:
+        super().__init__(loaded, context, prepared, decisions)
+        self.shifts = None  # since the error term depends on activations, whatever the edit
+        self._weight = weight
 
     def together(self, branch: str) -> tuple[Any, ...]:
         return (*super().together(branch), any(branch in edit.edit.weights for edit in self.prepared))
@@ -36,9 +52,9 @@ class WithErrorTerm(LoadedSAE):
     def change(self, x: torch.Tensor, branch: str, grid: Callable[[], tuple[int, int]]) -> torch.Tensor | None:
         delta = super().change(x, branch, grid)
         addressed = [edit for edit in self.prepared if branch in edit.edit.weights]
-        if not addressed or self.weight == 1:
+        if not addressed or self._weight == 1:
             return delta
-        lost = (self.weight - 1) * (x - self.sae(x))
+        lost = (self._weight - 1) * (x - self.sae(x))
         decisions = [edit.decision for edit in addressed]
         if None not in decisions:
             where = [d.weights(x, grid()) for d in decisions]  # type: ignore[union-attr]

@@ -11,7 +11,7 @@ from ..capture.calls import arguments_refused_by, check_call
 from ..context import Context
 from ..errors import InputError
 from ..families import DENOISERS
-from ..hooks import CaptureHook
+from ..hooks import Observer
 from ..layouts import LAYOUTS
 from ..saes import SparseAutoencoder
 from ..site_mapping import SiteMapping
@@ -103,15 +103,12 @@ def check_sae(pipe: Any, sae: SparseAutoencoder, site: Site | str, prompt: Any =
     device = sae.W_dec.device
     sae.to("cpu")
     meters = {each: _Meter(sae) for each in _candidates(pipe, site, sae.d_in)}
-    state = pipe._steering
-    hooks = [
-        (resolve(pipe, each), CaptureHook(each, meter.take, lambda: state.armed)) for each, meter in meters.items()
-    ]
+    observers = [Observer(each, resolve(pipe, each), meter.take) for each, meter in meters.items()]
     arguments = call if prompt is None else {"prompt": prompt, **call}
     if any(hasattr(pipe, name) for name in DENOISERS):
         arguments = {"output_type": "latent", **arguments}
     try:
-        with state.unsteered(), state.attached(hooks), arguments_refused_by(pipe):
+        with pipe._steering.unsteered(), pipe._steering.observed(observers), arguments_refused_by(pipe):
             pipe(**arguments)
     finally:
         sae.to(device)

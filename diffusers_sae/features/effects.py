@@ -16,10 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..context import Context
 from ..errors import InputError
 from ..families import denoiser_of
-from ..hooks import CaptureHook
+from ..hooks import Observer, run_of
 from ..layouts import LAYOUTS
 from ..saes import SparseAutoencoder
 from ..site_mapping import SiteMapping
@@ -124,27 +123,24 @@ class _GuidedStep(NamedTuple):
 @contextmanager
 def _recorded_calls(pipe: Any, places: Mapping[Site, Place]) -> Iterator[list[_Call]]:
     """All calls of the denoiser inside the `with` block, in which the plan rests."""
-    state, calls = pipe._steering, []  # type: ignore[var-annotated]
-    # hooks that take nothing, so that the context of the run is kept: of outputs, since there may be no update
-    hooks = [
-        (place, CaptureHook(replace(site, kind="output"), _take_nothing, lambda: state.armed))
-        for site, place in places.items()
-    ]
+    calls: list[_Call] = []
+    # observers that take nothing, so that the run keeps the context of the denoiser: of outputs, since there may be no
+    # update
+    observers = [Observer(replace(site, kind="output"), place, lambda *_: None) for site, place in places.items()]
+    root = observers[0].place.root
 
     def record(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        context = hooks[0][1].context
-        calls.append(_Call(args, kwargs, context.branches, context.timestep))
+        run = run_of(pipe)
+        if run is not None:
+            context = run.context_of(root)
+            calls.append(_Call(args, kwargs, context.branches, context.timestep))
 
-    with state.unsteered(), state.attached(hooks):
-        handle = hooks[0][0].root.register_forward_pre_hook(record, with_kwargs=True)
+    with pipe._steering.unsteered(), pipe._steering.observed(observers):
+        handle = root.register_forward_pre_hook(record, with_kwargs=True)
         try:
             yield calls
         finally:
             handle.remove()
-
-
-def _take_nothing(site: Site, x: torch.Tensor, context: Context) -> None:
-    pass
 
 
 def _guided_steps(calls: Iterable[_Call]) -> Iterator[_GuidedStep]:
