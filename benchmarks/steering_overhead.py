@@ -35,7 +35,7 @@ from steering_kernels import kernels, pipeline, steerable
 from diffusers_sae import TopKSAE
 from diffusers_sae.context import Context
 from diffusers_sae.edits import make_edit
-from diffusers_sae.hooks import LoadedSAE, SAEProcessor
+from diffusers_sae.hooks import LoadedSAE, ModuleRun
 from diffusers_sae.prepared import prepare
 from diffusers_sae.sites import Place, Site
 from diffusers_sae.training.precision import DTYPES, resolve_precision
@@ -86,13 +86,14 @@ def hooks(rounds: int, latents: Sequence[int]) -> list[dict[str, Any]]:
             for m in (1, 10, 100):
                 features = torch.randperm(n)[:m]
                 context = Context(rows=2, branches=("uncond", "cond"))
-                one = LoadedSAE("bench", sae, Site(SITE), Place("unet", module, module), context=context)
+                loaded = LoadedSAE("bench", sae, Site(SITE), Place("unet", module, module))
                 edit = make_edit(dict.fromkeys(features.tolist(), 2.0), sae, mode=mode, branch="both")
-                one.make_ready([prepare(edit, sae, None, context, None, torch.device("cpu"))])
-                hook = SAEProcessor([one], context, lambda: True)
+                ready = prepare(edit, sae, None, context, None, torch.device("cpu"))
+                run = ModuleRun(context)
+                run.arrange([loaded.in_run(context, [ready], [])], [])
                 times = interleaved(
                     {
-                        "ours": partial(hook.post_forward, module, x),
+                        "ours": partial(run.after, module, x),
                         "dense": partial(dense_hook, sae, rows, features, 2.0, mode),
                     },
                     rounds if n < 100_000 else max(2, rounds // 4),

@@ -254,6 +254,15 @@ class SAESteeringMixin:
         with self._steering.observed([Observer(*each, take) for each in zip(places, found, strict=True)]):
             yield activations
 
+    def rule_decisions(self) -> dict[tuple[str, int], torch.Tensor]:
+        """What the rules about whole images decided in the last run.
+
+        Returns:
+            `{(adapter_name, index of the edit among the SAE's): bool (images,)}`; a rule whose SAE was not reached is
+            left out.
+        """
+        return dict(self._steering.decisions)
+
     def check_sae(self, prompt: Any = None, adapter_name: str | None = None, **call: Any) -> Any:
         """Run once, unsteered, and tell whether a loaded SAE fits its site, or which tensor nearby it fits.
 

@@ -301,7 +301,6 @@ def test_a_window_holds_one_step(harness, step):
     plain = inversion.run(harness.pipe, output_type="latent").images
     harness.pipe.steer({3: strength}, **window)
     assert not torch.equal(inversion.run(harness.pipe, output_type="latent").images, plain)
-    assert sum(harness.pipe._steering.loaded["one"].prepared[0].acts) == 1
     assert len(set(strengths)) == len(inversion.timesteps)
 
 

@@ -54,8 +54,7 @@ def test_every_run_is_decided_anew(sd, split):
     sd.pipe.steer({3: 5.0}, when=Rule(features, above))
     for old, prompts in zip(bare, (PROMPTS, PROMPTS[::-1]), strict=True):
         changed = [not torch.equal(a, b) for a, b in zip(old, sd.run(prompt=prompts), strict=True)]
-        (decision,) = sd.pipe._steering._decisions.values()
-        assert changed == decision.holds.tolist()
+        assert changed == sd.pipe.rule_decisions()["default_0", 0].tolist()
 
 
 def test_a_rule_about_a_later_site_lets_earlier_edits_act_from_the_second_step(sd, split):

@@ -6,6 +6,7 @@ from conftest import SITE, Harness
 from diffusers_sae import InputError
 from diffusers_sae.capture import StoreConfig, store_activations, stream_activations
 from diffusers_sae.capture.calls import check_call
+from diffusers_sae.hooks import current_run
 
 
 def test_what_a_pipeline_takes(every):
@@ -49,7 +50,7 @@ def test_all_else_is_refused(sd, tmp_path, call, sentence):
 def test_what_only_the_pipeline_can_judge_is_a_sentence_too(sd):
     with pytest.raises(InputError, match="StableDiffusionPipeline cannot be called like this: .*divisible by 8"):
         next(stream_activations(sd.pipe, [SITE], ["ab"], height=13, width=16))
-    assert not sd.pipe._steering.armed
+    assert current_run() is None
 
 
 def test_what_is_of_no_use_to_the_pipeline(sd):
@@ -65,7 +66,7 @@ def test_a_check_of_an_sae_says_it_too(sd):
     ):
         with pytest.raises(InputError, match=sentence):
             sd.pipe.check_sae("ab", **call)
-        assert not sd.pipe._steering.armed
+        assert current_run() is None
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from PIL import Image
 
 from diffusers_sae import InputError, SAESteeringPipeline, TopKSAE
 from diffusers_sae.capture import ShuffleBuffer, StoreConfig, store_activations, stream_activations
+from diffusers_sae.hooks import current_run
 from diffusers_sae.training import StreamingConfig, train_on_stream
 
 CALL = {"num_inference_steps": 3, "guidance_scale": 5.0, "height": 16, "width": 16}
@@ -104,7 +105,7 @@ def test_the_denoiser_runs_no_further_than_to_the_last_site(sd, modules_run):
     first = next(stream_activations(sd.pipe, sites, PROMPTS, first_step_only=True, **CALL))
     assert modules_run == ["down"] * len(sd.pipe.unet.down_blocks) + ["mid"]
     assert torch.equal(first.rows("unet.mid_block")[0], whole.rows("unet.mid_block")[0][:1])
-    assert not sd.pipe._steering.armed
+    assert current_run() is None
     modules_run.clear()
     next(stream_activations(sd.pipe, sites, PROMPTS, **CALL))
     assert modules_run.count("up") == 3 * len(sd.pipe.unet.up_blocks)

@@ -8,6 +8,7 @@ from conftest import Harness, random_sae
 
 from diffusers_sae import InputError, Site
 from diffusers_sae.capture.text import read_prompts, stream_prompts, stream_prompts_at
+from diffusers_sae.hooks import current_run
 
 LAYER = "text_encoder.encoder.layers.0"
 PATHS = {
@@ -58,7 +59,7 @@ def test_the_denoiser_does_not_run_and_its_edits_are_not_missed(sd):
         warnings.simplefilter("error")
         read_prompts(sd.pipe, LAYER, PROMPTS)
     handle.remove()
-    assert calls == [] and not sd.pipe._steering.armed
+    assert calls == [] and current_run() is None
     assert torch.equal(sd.run(), before)
 
 
@@ -100,7 +101,7 @@ def test_edits_at_text_encoders_act(sd):
 def test_bad_input_gets_a_sentence(sd, arguments, sentence):
     with pytest.raises(InputError, match=sentence):
         read_prompts(sd.pipe, **{"site": LAYER, "prompts": PROMPTS, **arguments})
-    assert not sd.pipe._steering.armed
+    assert current_run() is None
 
 
 def test_a_stream_reads_no_more_than_it_must(sd):

@@ -6,6 +6,7 @@ from conftest import SITE, Harness, random_sae
 
 from diffusers_sae import InputError, Site, TopKSAE
 from diffusers_sae.features.effects import concept_effect
+from diffusers_sae.hooks import current_run
 from diffusers_sae.saes import ChannelAwareSAE
 
 CALL = {"num_inference_steps": 2, "guidance_scale": 3.0, "height": 16, "width": 16}
@@ -185,7 +186,7 @@ def test_bad_input_gets_a_sentence_and_changes_nothing(sd, sae, change, sentence
     prompts, neutral = arguments.pop("prompts"), arguments.pop("neutral")
     with pytest.raises(InputError, match=sentence):
         concept_effect(sd.pipe, {arguments.pop("path", SITE): sae}, prompts, neutral, **arguments)
-    assert not sd.pipe.unet._forward_pre_hooks and not sd.pipe._steering.armed
+    assert not sd.pipe.unet._forward_pre_hooks and current_run() is None
 
 
 def test_text_encoders_have_no_effect_at_each_step(sd):

@@ -12,11 +12,11 @@ from reference import edited
 from diffusers_sae import StrengthTable, prepared
 from diffusers_sae.context import Context
 from diffusers_sae.edits import make_edit
-from diffusers_sae.hooks import LoadedSAE, SAEProcessor
+from diffusers_sae.hooks import LoadedSAE, ModuleRun
 from diffusers_sae.prepared import prepare
 from diffusers_sae.sites import Place, Site
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from steering_kernels import PLANS, cost_of
 
 KERNELS = {
@@ -42,21 +42,21 @@ def test_a_steered_step_launches_few_kernels_and_never_waits(name):
     assert 0 < cost["kernels_per_step"] <= KERNELS[name], cost["operations_per_step"]
 
 
-def hook(sae, *edits, branches=("uncond", "cond"), images=1, timesteps=(900.0, 500.0, 100.0), step=1, **attributes):
-    """A hook with these edits, at one of the steps of a run."""
-    context = Context(timesteps, branches=branches, rows=images * len(branches), **attributes)
+def module_run(sae, *edits, branches=("uncond", "cond"), images=1, step=1, kind="output"):
+    """What a run with these edits does at a module, at one of its steps."""
+    context = Context((900.0, 500.0, 100.0), branches=branches, rows=images * len(branches))
     context.step, context.known_step = torch.tensor(step), step
     module = torch.nn.Identity()
-    one = LoadedSAE("test", sae, Site(SITE), Place("unet", module, module), context=context)
-    one.make_ready(
-        [prepare(make_edit(sae=sae, **edit), sae, None, context, None, torch.device("cpu")) for edit in edits]
-    )
-    return SAEProcessor([one], context, lambda: True)
+    loaded = LoadedSAE("test", sae, Site(SITE, kind=kind), Place("unet", module, module))
+    ready = [prepare(make_edit(sae=sae, **edit), sae, None, context, None, torch.device("cpu")) for edit in edits]
+    run = ModuleRun(context)
+    run.arrange([loaded.in_run(context, ready, [])], [])
+    return run
 
 
-def edit_by(processor, x):
+def edit_by(run, x):
     with torch.no_grad():
-        return processor.post_forward(torch.nn.Identity(), x)
+        return run.after(torch.nn.Identity(), x)
 
 
 def bits(x):
@@ -86,7 +86,7 @@ HALVE_THE_SECOND = {j: [1.0, 0.5] for j in range(32)}
 )
 def test_rows_that_an_edit_does_not_change_keep_their_bits(dtype, edits):
     x = with_zeros(4, 8, 4, 4, dtype=dtype)  # [uncond, cond] of two images
-    y = edit_by(hook(random_sae(), *edits, images=2), x)
+    y = edit_by(module_run(random_sae(), *edits, images=2), x)
     untouched = [0, 2] if edits[0].get("branch") == "both" else [0, 1, 2]
     assert y.dtype == dtype and torch.equal(bits(y[untouched]), bits(x[untouched]))
     assert not torch.equal(y[3], x[3])
@@ -103,9 +103,9 @@ def test_branches_images_and_steps_get_what_is_theirs(monkeypatch, limit, known,
     table = StrengthTable((900.0, 500.0, 100.0), (3.0, -0.5, 7.0))
     features = {3: [0.5, 2.0], 7: table, 9: 1.25}
     edits = [{"features": features, "mode": mode, "branch": branch}, {"features": {4: 9.0}, "stop": 0.4}]
-    processor = hook(sae, *edits, branches=("uncond", "cond", "perturbed"), images=2)
-    processor.context.known_step = 1 if known else None
-    y = edit_by(processor, x)
+    run = module_run(sae, *edits, branches=("uncond", "cond", "perturbed"), images=2)
+    run.context.known_step = 1 if known else None
+    y = edit_by(run, x)
     strengths = np.array([[0.5, -0.5, 1.25], [2.0, -0.5, 1.25]])
     weights = {"uncond": (1, 0), "cond": (0, 1), "both": (1, 1), "contrast": (-1, 1)}[branch]
     for i, weight in enumerate((*weights, 0)):
@@ -118,7 +118,7 @@ def test_branches_images_and_steps_get_what_is_theirs(monkeypatch, limit, known,
 
 def test_a_batch_that_is_not_the_contexts_is_sliced_as_the_contexts():
     sae, x = random_sae(), torch.randn(5, 8, 4, 4)
-    y = edit_by(hook(sae, {"features": {3: 2.0}}), x)
+    y = edit_by(module_run(sae, {"features": {3: 2.0}}), x)
     expected = x.clone()
     expected[1] += 2 * sae.W_dec.detach()[3, :, None, None]
     torch.testing.assert_close(y, expected)
@@ -128,7 +128,7 @@ def test_gradients_pass_through_an_edit():
     sae = random_sae().requires_grad_(False)
     x = torch.randn(2, 8, 4, 4, requires_grad=True)
     for edit in ({"features": {3: 2.0}}, {"features": {3: 2.0}, "mode": "scale"}):
-        y = hook(sae, edit).post_forward(torch.nn.Identity(), x)
+        y = module_run(sae, edit).after(torch.nn.Identity(), x)
         (gradient,) = torch.autograd.grad(y.sum(), x)
         assert torch.isfinite(gradient).all() and gradient.abs().sum() > 0
 
@@ -136,11 +136,10 @@ def test_gradients_pass_through_an_edit():
 def test_the_site_of_an_update_reads_its_input_only_for_edits_that_look_at_it():
     sae, x = random_sae(), torch.randn(2, 8, 4, 4)
     for edit in ({"features": {3: 2.0}}, {"features": {3: 2.0}, "mode": "scale"}):
-        processor = hook(sae, edit)
-        processor.loaded[0].site = Site(SITE, kind="update")
+        run = module_run(sae, edit, kind="update")
         with torch.no_grad():
-            processor.pre_forward(torch.nn.Identity(), x / 2)
-            y = processor.post_forward(torch.nn.Identity(), x)
+            run.before((x / 2,), {})
+            y = run.after(torch.nn.Identity(), x)
         mode = edit.get("mode", "add")
         seen = (x / 2)[1:].flatten(2).transpose(1, 2)
         change = edited(sae, seen, [3], [[2.0]], mode) - seen.double().numpy()
