@@ -17,7 +17,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from .errors import InputError
-from .handover import branches_handed_over
+from .handover import branches_handed_over, stock_class
 
 DENOISERS = ("transformer", "unet")
 GENERATORS = ("generator", "autoencoder")
@@ -136,7 +136,7 @@ GENERAL = Family(_guided)
 
 def family_of(pipe: Any) -> Family:
     """How this pipeline calls its denoiser."""
-    name = type(pipe).__name__
+    name = stock_class(type(pipe)).__name__
     return next((family for part, family in FAMILIES.items() if part in name), GENERAL)
 
 

@@ -28,9 +28,14 @@ class Handover(nn.Module):
         return rows
 
 
+def stock_class(cls: type) -> type:
+    """The class of diffusers that a steerable class is made of, by a user or on the fly; `cls` itself if it is none."""
+    return next(each for each in cls.__mro__ if not hasattr(each, "_steering"))
+
+
 def branches_handed_over(cls: type) -> tuple[str, ...] | None:
     """Those of the pipelines of a class, or `None` if they hand nothing over."""
-    return next((branches for part, branches in BRANCHES.items() if part in cls.__name__), None)
+    return next((branches for part, branches in BRANCHES.items() if part in stock_class(cls).__name__), None)
 
 
 def handover_of(pipe: Any) -> Handover | None:
