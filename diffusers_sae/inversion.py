@@ -20,8 +20,9 @@ from PIL import Image
 from .autoencoding import encode_images
 from .decisions import DecidedPlan, decide_plans, follows_steps, plan_replaced
 from .errors import InputError
+from .handover import stock_class
 from .inverse_schedulers import InverseSteps, LastSteps, check_invertible
-from .twins import stock_class, stock_with_components, with_components
+from .twins import stock_with_components, with_components
 from .unit_range import as_unit_range
 
 PIPELINES = (StableDiffusionPipeline, StableDiffusionXLPipeline, StableDiffusion3Pipeline)
@@ -196,7 +197,7 @@ def check_invertible_pipeline(pipe: Any) -> None:
     names = ", ".join(each.__name__ for each in PIPELINES)
     if not isinstance(pipe, PIPELINES):
         raise InputError(f"{type(pipe).__name__} cannot be inverted; pass one of {names}.")
-    if next(each for each in stock_class(pipe).__mro__ if "__call__" in vars(each)) not in PIPELINES:
+    if next(each for each in stock_class(type(pipe)).__mro__ if "__call__" in vars(each)) not in PIPELINES:
         raise InputError(f"{type(pipe).__name__} denoises by a __call__ of its own; pass one of {names}.")
     check_invertible(pipe.scheduler)
 

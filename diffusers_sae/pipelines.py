@@ -393,12 +393,3 @@ def _empty(cls: Any, made_of: type | None) -> Any:
     """A pipeline without attributes, as `pickle` and `copy` begin with: classes made on the fly have no name."""
     steerable: Any = cls if made_of is None else _steerable(made_of)
     return steerable.__new__(steerable)
-
-
-def shared_copy(pipe: Any) -> Any:
-    """A light copy of a pipeline, steerable or not, that shares the plan and what observes it."""
-    if isinstance(pipe, SAESteeringMixin):
-        assert pipe._steering is not None  # so that there is one to share
-    twin = object.__new__(type(pipe))
-    twin.__dict__.update(pipe.__dict__)
-    return twin

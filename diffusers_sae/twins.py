@@ -4,18 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffusers import DiffusionPipeline
-
-from .pipelines import SAESteeringMixin
-
-
-def stock_class(pipe: Any) -> type:
-    """The pipeline's class without steering. Its call does not arm the hooks."""
-    return next(
-        each
-        for each in type(pipe).__mro__
-        if issubclass(each, DiffusionPipeline) and not issubclass(each, SAESteeringMixin)
-    )
+from .handover import stock_class
 
 
 def with_components(pipe: Any, **components: Any) -> Any:
@@ -25,7 +14,7 @@ def with_components(pipe: Any, **components: Any) -> Any:
 
 def stock_with_components(pipe: Any, **components: Any) -> Any:
     """The same without steering: edits rest, and nothing is captured."""
-    return _twin(stock_class(pipe), pipe, components)
+    return _twin(stock_class(type(pipe)), pipe, components)
 
 
 def _twin(cls: Any, pipe: Any, components: dict[str, Any]) -> Any:

@@ -18,6 +18,7 @@ from ..sites import (
     grid_of,
     input_of,
     tensor_of,
+    update_of,
     with_argument,
     with_input,
     with_tensor,
@@ -79,8 +80,9 @@ class ModuleRun:
             if edited is not x:
                 output = with_tensor(output, edited, module, stream)
             self._show(edited, "output", stream)
-            if given is not None and ("update", stream) in self._observers:
-                self._show(edited - given, "update", stream)
+            if given is not None:
+                for observer in self._observers.get(("update", stream), ()):
+                    observer.take(observer.site, update_of(edited, given, observer.site), self.context)
         return output
 
     def argument(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
@@ -118,7 +120,7 @@ class ModuleRun:
         if not saes.reads():
             return x if shift is None else self._add(x, shift)
         whole = len(x) == self.context.rows
-        seen = x if update is None else update[0] - update[1]
+        seen = x if update is None else update_of(*update, saes.saes[0].site)
 
         def grid() -> tuple[int, int]:
             return grid_of(x, self.context.size)

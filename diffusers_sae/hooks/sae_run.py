@@ -13,11 +13,12 @@ from ..context import Context
 from ..delta import neutral, preserve_norm
 from ..edits import Edit
 from ..errors import InputError
+from ..layouts import LAYOUTS
 from ..prepared import PreparedEdit
 from ..rules import Decision
 from ..saes import SparseAutoencoder
 from ..shifts import Shifts
-from ..sites import LAYOUTS, Place, Site
+from ..sites import Place, Site
 
 Grid = Callable[[], tuple[int, int]]
 """Gives height and width of a site's positions; it raises where they lie on no grid."""
