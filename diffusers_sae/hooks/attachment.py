@@ -187,6 +187,8 @@ def _unregister(root: nn.Module, module: nn.Module) -> None:
             module._old_forward, module.forward = module.forward, outer  # type: ignore[assignment]
         else:
             registry.remove_hook(NAME, recurse=False)
+    if getattr(module.__dict__.get("forward"), "__func__", None) is type(module).forward:
+        del module.forward  # which diffusers puts on the module itself
     HookRegistry.check_if_exists_or_initialize(root).invalidate_child_registries_cache()
 
 

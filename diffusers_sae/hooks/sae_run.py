@@ -92,12 +92,12 @@ class SAERun:
             total = delta if total is None else total + delta
         return total
 
-    def norm_kept(self, x: torch.Tensor, branch: str, grid: Grid) -> torch.Tensor | None:
-        """Which rows keep their norm, as bool that broadcasts to `x (..., images, P, 1)`; `None` if no row does."""
+    def norm_kept(self, x: torch.Tensor, branch: str, grid: Grid) -> torch.Tensor | bool:
+        """Which rows of `x (..., images, P, d)` keep their norm: all, none, or bool that broadcasts to `x`."""
         edits = [edit for edit in self.due(branch) if edit.edit.preserve_norm]
         reaches = [edit.reach(x, self.context, grid() if edit.needs_grid else None) for edit in edits]
         if any(reach is None for reach in reaches) or not edits:
-            return torch.ones((), dtype=torch.bool, device=x.device) if edits else None
+            return bool(edits)
         return functools.reduce(torch.logical_or, [reach > 0 for reach in reaches if reach is not None])
 
     def _codes(self, x: torch.Tensor, features: list[torch.Tensor]) -> Sequence[torch.Tensor]:
@@ -179,13 +179,15 @@ class SAEsOfSite:
         to_rows, from_rows = LAYOUTS[layout]
         rows = self._by_branch(to_rows(seen), branches)
         each = [sae.norm_kept(rows, branches[0], grid) for sae in self.saes if sae.site.layout == layout]
-        kept = [where for where in each if where is not None]
+        kept = [where for where in each if where is not False]
         if not kept:
             return change
-        where = functools.reduce(torch.logical_or, kept)
         delta = self._by_branch(to_rows(change.expand(len(change), *seen.shape[1:])), branches)
-        delta = torch.where(where, preserve_norm(rows.float(), delta), delta)
-        return from_rows(self._of_batch(delta, branches), seen)
+        scaled = preserve_norm(rows.float(), delta)
+        some = [where for where in kept if isinstance(where, torch.Tensor)]
+        if len(some) == len(kept):
+            scaled = torch.where(functools.reduce(torch.logical_or, some), scaled, delta)
+        return from_rows(self._of_batch(scaled, branches), seen)
 
     @staticmethod
     def _by_branch(rows: torch.Tensor, branches: tuple[str, ...]) -> torch.Tensor:
