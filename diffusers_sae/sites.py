@@ -13,7 +13,6 @@ from torch import nn
 from .errors import InputError
 from .families import DENOISERS, image_maker_of
 from .handover import Handover
-from .layouts import LAYOUTS as LAYOUTS
 from .nulls import without_nulls
 
 KINDS = ("output", "input", "update")

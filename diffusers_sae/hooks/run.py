@@ -15,7 +15,7 @@ from ..context import Context, DenoisingContext, context_of
 from ..edits import Edit
 from ..families import image_maker_of
 from ..handover import Handover
-from ..prepared import PreparedEdit, prepare
+from ..prepared import PreparedEdit, prepare, why_idle
 from ..rules import Decision, Rule
 from ..sites import Place, unwrapped
 from .current import current_run, set_current_run
@@ -52,12 +52,12 @@ class SteeringRun:
         self.contexts: dict[str, Context] = {}
         self.first_image = state.next_image
         self._reads_only = reads_only
-        self._timesteps_known = False
+        self._progress: tuple[Any, int | None] | None = None
         self._device = pipe._execution_device
         self._outer: SteeringRun | None = None
         self._plan: tuple[Any, ...] = ()
         self._decisions: dict[Rule, Decision] = {}
-        self._prepared: dict[Edit, PreparedEdit] = {}
+        self._prepared: dict[Edit, tuple[Context, PreparedEdit]] = {}
 
     def __enter__(self) -> SteeringRun:
         self.state.follow_modules()
@@ -73,7 +73,10 @@ class SteeringRun:
         if self._outer is not None and self._outer.state is self.state:
             self._outer._absorb(self)
         elif kind is None and not self._reads_only:
+            for context in self.contexts.values():
+                context.end()
             self._warn_of_silence()
+            self._warn_of_idle_edits()
 
     def enter(self, key: str, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """A component is about to run with these arguments."""
@@ -83,19 +86,31 @@ class SteeringRun:
         if isinstance(context, DenoisingContext) and not torch.compiler.is_compiling():
             self.prepare()
         context.update(args, kwargs)  # type: ignore[attr-defined]
+        if context.moved:
+            self._prepare_anew(context)
 
     def context_of(self, root: nn.Module) -> Context:
         """Where a component with sites in use is."""
         return next(self.contexts[key] for key, place in self.state.roots() if place.root is root)
 
-    def prepare(self) -> None:
-        """Make the plan ready for the denoising; the scheduler's timesteps are set by now."""
-        if not self._timesteps_known and not self._reads_only:
-            self._timesteps_known = True
-            for context in self.contexts.values():
-                if isinstance(context, DenoisingContext):
-                    context.prepare(self._device)
-            self._arrange()
+    def prepare(self, loop: Any = None, total: int | None = None) -> None:
+        """Make the plan ready for the scheduler's timesteps, which are set by now.
+
+        Args:
+            loop, total: what the pipeline gives its progress bar, where that is known.
+        """
+        if self._reads_only:
+            return
+        for context in self.contexts.values():
+            if isinstance(context, DenoisingContext) and not context.is_prepared:
+                self._progress = loop, total
+                context.prepare(self._device, loop, total)
+                self._prepare_anew(context)
+
+    def _prepare_anew(self, context: Context) -> None:
+        """Make edits ready for other timesteps than they were."""
+        self._prepared = {edit: ready for edit, ready in self._prepared.items() if ready[0] is not context}
+        self._arrange()
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
@@ -137,8 +152,8 @@ class SteeringRun:
         context.first_image = self.first_image
         if isinstance(context, DenoisingContext):
             context.start(self.pipe, self.call)
-            if self._timesteps_known:
-                context.prepare(self._device)
+            if self._progress is not None:
+                context.prepare(self._device, *self._progress, underway=True)
         self.contexts[key] = context
 
     def _arrange(self) -> None:
@@ -161,17 +176,17 @@ class SteeringRun:
     def _ready(self, loaded: LoadedSAE, context: Context) -> list[PreparedEdit]:
         """The edits of an SAE, made ready, if they can be by now."""
         edits = loaded.edits if loaded in self.state.active() else []
-        if isinstance(context, DenoisingContext) and not self._timesteps_known:
+        if isinstance(context, DenoisingContext) and not context.is_prepared:
             return []
         for edit in edits:
             if edit not in self._prepared:
                 decision = None if edit.when is None else self._decisions[edit.when]
-                self._prepared[edit] = self._made_ready(edit, loaded, context, decision)
+                self._prepared[edit] = context, self._made_ready(edit, loaded, context, decision)
         if self._about(loaded) or any(edit.operation.needs_code for edit in edits):
             with _placing:
                 loaded.sae.fetch()
                 loaded.sae.to(self._device)
-        return [self._prepared[edit] for edit in edits]
+        return [self._prepared[edit][1] for edit in edits]
 
     def _made_ready(self, edit: Edit, loaded: LoadedSAE, context: Context, decision: Decision | None) -> PreparedEdit:
         """One edit, made ready. Its strengths may be functions, which must not meet the run."""
@@ -214,6 +229,21 @@ class SteeringRun:
                         f"{what} {loaded.name!r} at {loaded.site} never acted, since {what_now}; load the SAE again.",
                         stacklevel=4,
                     )
+
+    def _warn_of_idle_edits(self) -> None:
+        """Warn of edits whose window or branch the run does not have."""
+        for key, _, saes, _ in self.state.modules():
+            if key in self.modules and self.modules[key].fired:
+                for loaded in saes:
+                    for edit in loaded.edits:
+                        self._warn_of_idle_edit(loaded, edit)
+
+    def _warn_of_idle_edit(self, loaded: LoadedSAE, edit: Edit) -> None:
+        if edit in self._prepared:
+            why = why_idle(edit, self._prepared[edit][0])
+            if why is not None:
+                latents = ", ".join(map(str, edit.features[:5]))
+                warnings.warn(f"An edit of {loaded.name!r} (latents {latents}) did not act: {why}.", stacklevel=5)
 
 
 def _same(plan: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
