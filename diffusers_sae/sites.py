@@ -13,6 +13,7 @@ from torch import nn
 from .errors import InputError
 from .families import DENOISERS, image_maker_of
 from .handover import Handover
+from .layouts import LAYOUTS
 from .nulls import without_nulls
 
 KINDS = ("output", "input", "update")
