@@ -36,12 +36,12 @@ class SAEProcessor(ModelHook):
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
         run = current_run()
-        here = None if run is None else run.modules.get(self.key)
+        here = None if run is None else run.at(self.key)
         return (args, kwargs) if here is None else here.before(args, kwargs)
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         run = current_run()
-        here = None if run is None else run.modules.get(self.key)
+        here = None if run is None else run.at(self.key)
         return output if here is None else here.after(module, output)
 
 
@@ -53,7 +53,7 @@ class ArgumentProcessor:
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         run = current_run()
-        here = None if run is None else run.modules.get(self.key)
+        here = None if run is None else run.at(self.key)
         return None if here is None else here.argument(args, kwargs)
 
 

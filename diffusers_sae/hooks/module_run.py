@@ -35,26 +35,35 @@ class Observer:
     take: Callable[[Site, torch.Tensor, Context], None]
 
 
+@dataclass(eq=False)
+class TensorRun:
+    """What one run does with one tensor of a module: its output, input or update, of one stream."""
+
+    kind: str
+    stream: str
+    saes: SAEsOfSite | None
+    observers: list[Observer]
+
+
 class ModuleRun:
     """What one run does at one module. Where nothing changes, the module's tensors are passed on untouched."""
 
     def __init__(self, context: Context) -> None:
         self.context = context
         self.fired = False
-        self._saes: dict[tuple[str, str], SAEsOfSite] = {}
-        self._observers: dict[tuple[str, str], list[Observer]] = {}
+        # a list, since torch.compile does not guard on the keys of a dict that is iterated over
+        self._tensors: list[TensorRun] = []
         self._inputs: dict[str, torch.Tensor] = {}
 
     def arrange(self, saes: Iterable[SAERun], observers: Iterable[Observer]) -> None:
         """Take the SAEs and observers of the plan that is in force from now on."""
-        by_site: dict[tuple[str, str], list[SAERun]] = {}
-        for sae in saes:
-            if sae.acts:
-                by_site.setdefault((sae.site.kind, sae.site.stream), []).append(sae)
-        self._saes = {key: SAEsOfSite(self.context, group) for key, group in by_site.items()}
-        self._observers = {}
-        for observer in observers:
-            self._observers.setdefault((observer.site.kind, observer.site.stream), []).append(observer)
+        acting, observers = [sae for sae in saes if sae.acts], list(observers)
+        sites = [*(sae.site for sae in acting), *(observer.site for observer in observers)]
+        self._tensors = []
+        for key in dict.fromkeys((site.kind, site.stream) for site in sites):
+            here = [sae for sae in acting if (sae.site.kind, sae.site.stream) == key]
+            watching = [each for each in observers if (each.site.kind, each.site.stream) == key]
+            self._tensors.append(TensorRun(*key, SAEsOfSite(self.context, here) if here else None, watching))
 
     def before(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """The arguments of a call of the module, edited."""
@@ -81,29 +90,34 @@ class ModuleRun:
                 output = with_tensor(output, edited, module, stream)
             self._show(edited, "output", stream)
             if given is not None:
-                for observer in self._observers.get(("update", stream), ()):
+                for observer in self._observers("update", stream):
                     observer.take(observer.site, update_of(edited, given, observer.site), self.context)
         return output
 
     def argument(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         """The arguments of a denoiser's call with the site that is one of them edited; `None` where nothing changes."""
         self.fired = True
-        key = "output", "image"
-        saes, observers = self._saes.get(key), self._observers.get(key, [])
-        if saes is None and not observers:
+        if not self._tensors:
             return None
-        site = saes.saes[0].site if saes is not None else observers[0].site
+        saes, observers = self._tensors[0].saes, self._tensors[0].observers
+        site = observers[0].site if saes is None else saes.saes[0].site
         x = argument_of(kwargs, site)
-        edited = self._edited(x, None, *key)
-        self._show(edited, *key)
+        edited = self._edited(x, None, "output", "image")
+        self._show(edited, "output", "image")
         return None if edited is x else (args, with_argument(kwargs, site, edited))
 
     def _streams(self, *kinds: str) -> list[str]:
         """Streams, each once, at which these kinds of site are edited or observed."""
-        return list(dict.fromkeys(stream for kind, stream in (*self._saes, *self._observers) if kind in kinds))
+        return list(dict.fromkeys(tensor.stream for tensor in self._tensors if tensor.kind in kinds))
+
+    def _saes(self, kind: str, stream: str) -> SAEsOfSite | None:
+        return next((t.saes for t in self._tensors if (t.kind, t.stream) == (kind, stream)), None)
+
+    def _observers(self, kind: str, stream: str) -> list[Observer]:
+        return next((t.observers for t in self._tensors if (t.kind, t.stream) == (kind, stream)), [])
 
     def _show(self, x: torch.Tensor, kind: str, stream: str) -> None:
-        for observer in self._observers.get((kind, stream), ()):
+        for observer in self._observers(kind, stream):
             observer.take(observer.site, x, self.context)
 
     def _edited(
@@ -113,7 +127,7 @@ class ModuleRun:
 
         They see `x`, or, of an `update (output, input)`, the difference.
         """
-        saes = self._saes.get((kind, stream))
+        saes = self._saes(kind, stream)
         if saes is None:
             return x
         shift = saes.shift(x)

@@ -78,11 +78,15 @@ class SteeringRun:
             self._warn_of_silence()
             self._warn_of_idle_edits()
 
+    def at(self, key: str) -> ModuleRun | None:
+        """What the run does at the module whose hook has this key."""
+        return self.modules.get(key)
+
     def enter(self, key: str, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """A component is about to run with these arguments."""
-        context = self.contexts.get(key)
-        if context is None:
+        if key not in self.contexts:
             return
+        context = self.contexts[key]
         if isinstance(context, DenoisingContext) and not torch.compiler.is_compiling():
             self.prepare()
         context.update(args, kwargs)  # type: ignore[attr-defined]

@@ -1,8 +1,8 @@
-"""`SAESteeringPipeline`: any supported diffusers pipeline, with SAEs to load, latents to turn and sites to capture."""
+"""What steering adds to a pipeline: SAEs to load, latents to turn and sites to capture."""
 
 from __future__ import annotations
 
-import functools
+import copyreg
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,23 +14,23 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from .activations import Activations, SiteActivations
-from .context import Context
-from .disk import write_whole
-from .edits import Edit, check_fits, make_edit
-from .errors import InputError
-from .families import check_supported, pipeline_class
-from .handover import methods_through_handover
-from .hooks import LoadedSAE, Observer, SteeringState, as_run, is_run, run_of
-from .loaders import Source, load_sae
-from .origin import base_model, warn_of_other_recipe, warn_of_other_sae
-from .recipes import plan_of, read_json, recipe_of
-from .rules import Rule, checked_rule
-from .saes import SparseAutoencoder
-from .site_mapping import distinct_sites
-from .sites import Site, resolve
-from .strengths import Strength
-from .widths import check_update, row_width_of
+from ..activations import Activations, SiteActivations
+from ..context import Context
+from ..disk import write_whole
+from ..edits import Edit, check_fits, make_edit
+from ..errors import InputError
+from ..families import check_supported
+from ..handover import methods_through_handover
+from ..hooks import LoadedSAE, Observer, SteeringState, as_run, is_run, run_of
+from ..loaders import Source, load_sae
+from ..origin import base_model, warn_of_other_recipe, warn_of_other_sae
+from ..recipes import plan_of, read_json, recipe_of
+from ..rules import Rule, checked_rule
+from ..saes import SparseAutoencoder
+from ..site_mapping import distinct_sites
+from ..sites import Site, resolve
+from ..strengths import Strength
+from ..widths import check_update, row_width_of
 
 
 class SAESteeringMixin:
@@ -63,8 +63,7 @@ class SAESteeringMixin:
         """Copies and pickles carry the plan, to be the plan of an independent pipeline."""
         attributes = {name: value for name, value in self.__dict__.items() if name != "_steering_state"}
         plan = [replace(loaded, place=None) for loaded in self._steering.loaded.values()]  # type: ignore[arg-type]
-        made_of = type(self).__dict__.get("_made_of")
-        return _empty, (SAESteeringPipeline if made_of else type(self), made_of), {**attributes, "_plan": plan}
+        return copyreg.__newobj__, (type(self),), {**attributes, "_plan": plan}  # type: ignore[attr-defined]
 
     def __setstate__(self, attributes: dict[str, Any]) -> None:
         plan = attributes.pop("_plan", [])
@@ -272,7 +271,7 @@ class SAESteeringMixin:
         Raises:
             InputError: no such SAE, or its site did not run.
         """
-        from .evaluation.checking import check_sae
+        from ..evaluation.checking import check_sae
 
         one = self._named(adapter_name)
         return check_sae(self, one.sae, one.site, prompt, **call)
@@ -344,52 +343,3 @@ class SAESteeringMixin:
     def _switch(self, name: str | None, enabled: bool) -> None:
         for one in [self._named(name)] if name else self._steering.loaded.values():
             one.enabled = enabled
-
-
-class SAESteeringPipeline(SAESteeringMixin):
-    """Makes any supported diffusers pipeline steerable.
-
-    Both constructors return an object that is an instance of `SAESteeringPipeline` and of the stock class.
-    """
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
-        """`DiffusionPipeline.from_pretrained`, with its arguments, made steerable."""
-        if issubclass(cls, DiffusionPipeline):
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
-        pipe = pipeline_class(pretrained_model_name_or_path, kwargs).from_pretrained(
-            pretrained_model_name_or_path, **kwargs
-        )
-        pipe.__class__ = _steerable(type(pipe))  # type: ignore[arg-type]
-        return pipe
-
-    @classmethod
-    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Any:
-        """A steerable pipeline that shares `pipeline`'s modules, dtypes and devices; `pipeline` itself is not changed.
-
-        Unlike `DiffusionPipeline.from_pipe`, nothing is cast. Keyword arguments replace components.
-        """
-        if not isinstance(pipeline, DiffusionPipeline):
-            raise InputError(f"from_pipe takes a diffusers pipeline, not {type(pipeline).__name__}; pass one.")
-        if issubclass(cls, DiffusionPipeline):
-            return super().from_pipe(pipeline, **{"dtype": pipeline.dtype, **kwargs})  # type: ignore[misc]
-        stock = type(pipeline)
-        pipe = _empty(stock, None if issubclass(stock, SAESteeringPipeline) else stock)
-        pipe.__dict__.update(pipeline.__dict__)
-        pipe.__dict__.pop("_steering_state", None)
-        if kwargs:
-            pipe.register_modules(**kwargs)
-        return pipe
-
-
-@functools.cache
-def _steerable(cls: Any) -> type:
-    """`cls` with steering, under the same name and module, so that it saves and loads as the stock class."""
-    described = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(cls.__name__, (SAESteeringPipeline, cls), {**described, "_made_of": cls})
-
-
-def _empty(cls: Any, made_of: type | None) -> Any:
-    """A pipeline without attributes, as `pickle` and `copy` begin with: classes made on the fly have no name."""
-    steerable: Any = cls if made_of is None else _steerable(made_of)
-    return steerable.__new__(steerable)

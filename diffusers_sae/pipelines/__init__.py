@@ -1,0 +1,6 @@
+"""Steerable pipelines."""
+
+from .mixin import SAESteeringMixin
+from .pipeline import SAESteeringPipeline
+
+__all__ = ["SAESteeringMixin", "SAESteeringPipeline"]
