@@ -80,7 +80,7 @@ def test_a_recipe_brings_the_edits_back(loaded, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         third.load_sae(random_sae(16), PATH, adapter_name="default_0")
-    sentence = rf"'default_0' at {PATH} \({layout}\) and it is loaded at {PATH}; load it there"
+    sentence = rf"'default_0' at {PATH}@{layout} and it is loaded at {PATH}; load it there"
     with pytest.raises(InputError, match=sentence):
         third.load_recipe(tmp_path / "plan.json")
 
@@ -98,7 +98,7 @@ def test_what_needs_places_is_refused(loaded, wrong, sentence):
     harness, _, _, bare, layout = loaded
     with pytest.raises(InputError) as error:
         harness.pipe.steer(**{"features": {1: 1.0}, **wrong})
-    assert sentence in str(error.value) and f"{PATH} ({layout})" in str(error.value)
+    assert sentence in str(error.value) and f"{PATH}@{layout}" in str(error.value)
     assert str(error.value).endswith(".") and torch.equal(harness.run(), bare)
 
 
@@ -106,7 +106,7 @@ def test_a_rule_at_places_cannot_look_at_whole_maps(loaded):
     harness, _, _, _, layout = loaded
     harness.pipe.load_sae(random_sae(), SITE, adapter_name="other")
     rule = Rule({1: 1.0}, adapter_name="default_0", at="place")
-    with pytest.raises(InputError, match=rf"the rows of {PATH} \({layout}\) are none; use at='image'"):
+    with pytest.raises(InputError, match=rf"the rows of {PATH}@{layout} are none; use at='image'"):
         harness.pipe.steer({1: 1.0}, adapter_name="other", when=rule)
 
 

@@ -178,7 +178,7 @@ def test_another_base_model_or_site_is_warned_of(sd, folder, tmp_path):
     pipe = SAESteeringPipeline.from_pretrained(tmp_path / "another-model")
     with pytest.warns(UserWarning, match="trained on some/model and this pipeline is .*another-model"):
         pipe.load_sae(folder)
-    with pytest.warns(UserWarning, match=r"trained at unet.up_blocks.1.attentions.1 and is loaded at .*\(update\)"):
+    with pytest.warns(UserWarning, match=r"trained at unet.up_blocks.1.attentions.1 and is loaded at .*@update"):
         sd.pipe.load_sae(folder, Site(SITE, kind="update"))
     sd.bare.save_pretrained(tmp_path / "model")
     same = SAESteeringPipeline.from_pretrained(tmp_path / "model")
