@@ -35,7 +35,6 @@ from steering_kernels import kernels, pipeline, steerable
 from diffusers_sae import TopKSAE
 from diffusers_sae.context import Context
 from diffusers_sae.edits import make_edit
-from diffusers_sae.hooks import LoadedSAE, ModuleRun
 from diffusers_sae.prepared import prepare
 from diffusers_sae.sites import Place, Site
 from diffusers_sae.training.precision import DTYPES, resolve_precision
@@ -75,6 +74,8 @@ def dense_hook(sae: TopKSAE, x: torch.Tensor, features: torch.Tensor, strength: 
 @torch.no_grad()
 def hooks(rounds: int, latents: Sequence[int]) -> list[dict[str, Any]]:
     """(a): one call of the hook on 512 rows of width 1280."""
+    from diffusers_sae.hooks import LoadedSAE, ModuleRun  # here, since (e) runs this file with older packages, too
+
     found = []
     module = torch.nn.Identity()
     for n in latents:
