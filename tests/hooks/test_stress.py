@@ -141,7 +141,7 @@ def equal(a, b):
 def test_every_run_is_as_it_is_alone():
     sets = [Modules(kind) for kind in KINDS]
     users = [(modules, i) for modules in sets for i in (0, 1)]
-    per_user = max(1, RUNS // len(users))
+    per_user = -(-RUNS // len(users))
 
     def all_runs(modules, number):
         pipe = modules.pipeline()
