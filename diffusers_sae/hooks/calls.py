@@ -49,7 +49,7 @@ def is_run(method: Callable) -> bool:
 def run_of(pipe: Any) -> SteeringRun | None:
     """The run of the pipeline that this thread is in."""
     run = current_run()
-    return run if run is not None and run.state is pipe._steering else None
+    return run if isinstance(run, SteeringRun) and run.state is pipe._steering else None
 
 
 def _keywords_of(signature: inspect.Signature) -> str:

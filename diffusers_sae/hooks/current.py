@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import Any, Protocol
 
-if TYPE_CHECKING:
-    from .run import SteeringRun
+
+class Run(Protocol):
+    """What hooks ask of a run; see `SteeringRun`."""
+
+    def at(self, key: str) -> Any:
+        """What the run does at the module whose hook has this key; `None` for nothing."""
+
+    def enter(self, key: str, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        """A component is about to run with these arguments."""
 
 
 class _Current(threading.local):
     """`torch.compile` guards on the value that the calling thread sees, so that threads can share a graph."""
 
-    run: SteeringRun | None = None
+    run: Run | None = None
 
 
 _current = _Current()
 
 
-def current_run() -> SteeringRun | None:
+def current_run() -> Run | None:
     """The innermost run of this thread; `None` outside of a call of a steerable pipeline, and during its callbacks."""
     return _current.run
 
 
-def set_current_run(run: SteeringRun | None) -> None:
+def set_current_run(run: Run | None) -> None:
     """Make `run` the one that hooks act for in this thread."""
     _current.run = run

@@ -6,7 +6,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,12 +18,10 @@ from ..handover import Handover
 from ..prepared import PreparedEdit, prepare, why_idle
 from ..rules import Decision, Rule
 from ..sites import Place, unwrapped
-from .current import current_run, set_current_run
+from .current import Run, current_run, set_current_run
 from .module_run import ModuleRun
 from .sae_run import LoadedSAE
-
-if TYPE_CHECKING:
-    from .state import SteeringState
+from .state import SteeringState
 
 _placing = threading.Lock()
 """Held while an SAE's weights are read or moved, since pipelines in several threads may share it."""
@@ -54,7 +52,7 @@ class SteeringRun:
         self._reads_only = reads_only
         self._progress: tuple[Any, int | None] | None = None
         self._device = pipe._execution_device
-        self._outer: SteeringRun | None = None
+        self._outer: Run | None = None
         self._plan: tuple[Any, ...] = ()
         self._decisions: dict[Rule, Decision] = {}
         self._prepared: dict[Edit, tuple[Context, PreparedEdit]] = {}
@@ -70,7 +68,7 @@ class SteeringRun:
         set_current_run(self._outer)
         self._count_images()
         self.state.decisions = self.decisions()
-        if self._outer is not None and self._outer.state is self.state:
+        if isinstance(self._outer, SteeringRun) and self._outer.state is self.state:
             self._outer._absorb(self)
         elif kind is None and not self._reads_only:
             for context in self.contexts.values():
