@@ -100,16 +100,22 @@ class TextContext(Context):
     """
 
     ids: torch.Tensor
+    _order: tuple[str, ...] = BRANCHES
+
+    def start(self, call: Mapping[str, Any]) -> None:
+        """A call of the pipeline begins, with these arguments; of embedded prompts only the negative ones are read."""
+        self.begin()
+        self._order = BRANCHES if call.get("prompt_embeds") is None else BRANCHES[1:]
 
     def update(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """Read the encoder's arguments for the call that is about to run."""
         tokens = args[0] if args else kwargs["input_ids"]
         self.ids, self.rows = tokens, tokens.shape[0]
-        self.branches = (BRANCHES[min(self.turn, 1)],)
+        self.branches = (self._order[min(self.turn, len(self._order) - 1)],)
         self.turn += 1
 
     def lacks(self, branches: Collection[str]) -> list[str]:
-        return [branch for branch in branches if branch not in BRANCHES[: self.turn]]
+        return [branch for branch in branches if branch not in self._order[: self.turn]]
 
 
 class OnePassContext(Context):

@@ -56,7 +56,7 @@ def decide_plans(pipe: Any, decisions: Mapping[Key, Any] | None, count: int) -> 
         name, index = missing[0]
         raise InputError(
             f"Edit {index} of {name!r} has a rule, which decided when the image was made; pass what it decided then: "
-            f"decisions={{{missing[0]!r}: bool for each image}}."
+            f"decisions={{{missing[0]!r}: bool for each image}}, as pipe.rule_decisions() tells after that run."
         )
     if superfluous:
         raise InputError(f"decisions has {superfluous[0]!r}, where no edit in force has a rule; leave that out.")
@@ -81,6 +81,7 @@ def plan_replaced(pipe: Any, edits: Mapping[str, Sequence[Edit]]) -> Iterator[No
     """Other edits in force for the length of a `with` block, by the names of their SAEs."""
     saes = _saes(pipe)
     before = {name: list(loaded.edits) for name, loaded in saes.items()}
+    decisions = pipe.rule_decisions() if saes else {}
     try:
         for name, others in edits.items():
             saes[name].edits[:] = others
@@ -88,6 +89,8 @@ def plan_replaced(pipe: Any, edits: Mapping[str, Sequence[Edit]]) -> Iterator[No
     finally:
         for name, own in before.items():
             saes[name].edits[:] = own
+        if saes:
+            pipe._steering.decisions = decisions  # those of the run before, which may be wanted once more
 
 
 def _saes(pipe: Any) -> dict[str, Any]:

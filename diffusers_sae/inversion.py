@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -94,6 +95,7 @@ class Inversion:
         prompt = _one_an_image(call.pop("prompt", self.prompt), len(self.latents))
         steps = LastSteps(pipe.scheduler, self.timesteps[0], self.timesteps)
         arguments = {"guidance_scale": self.guidance_scale, **call, "prompt": prompt, "latents": self.latents}
+        _check_guidance_scale(arguments["guidance_scale"])
         return with_components(pipe, scheduler=steps)(
             height=self.size[0], width=self.size[1], num_inference_steps=self.num_inference_steps, **arguments
         )
@@ -137,7 +139,8 @@ def invert(
             with the same plan, and without it what it would have been. `start`, `stop` and strengths that follow the
             steps count those of `run`; if a whole run made the image with such edits, pass `to=1`.
         decisions: what the rules of the plan decided when the image was made, which a run backwards cannot find out:
-            `{(adapter_name, index of the edit): (N,) bool}`, needed if `edited` for every edit with a rule. The rules
+            `{(adapter_name, index of the edit): (N,) bool}`, needed if `edited` for every edit with a rule. It is what
+            `pipe.rule_decisions()` gives after the run that made the image, and until the next run. The rules
             are of whole images, and watch an SAE at the site of their edit, or one of a text encoder.
 
     Raises:
@@ -145,6 +148,7 @@ def invert(
     """
     check_invertible_pipeline(pipe)
     _check_numbers(pipe, to, num_inference_steps, iterations, decoder_iterations)
+    _check_guidance_scale(guidance_scale)
     images = _as_images(image, _multiple(pipe))
     prompts = _one_an_image(prompt, len(images))
     plans = _plans(pipe, edited, decisions, len(images))
@@ -219,6 +223,11 @@ def _check_numbers(pipe: Any, to: Any, num_inference_steps: Any, iterations: Any
             raise InputError(f"{name}={value!r} is no number of them; pass a whole number from {least}{upper}.")
 
 
+def _check_guidance_scale(scale: Any) -> None:
+    if not isinstance(scale, Real) or isinstance(scale, bool) or not math.isfinite(scale):
+        raise InputError(f"guidance_scale={scale!r:.80} is no finite number; pass one, such as 1.0 for no guidance.")
+
+
 def _multiple(pipe: Any) -> int:
     """What height and width of an image must be divisible by."""
     return math.lcm(8, pipe.vae_scale_factor * getattr(pipe, "patch_size", 1))
@@ -246,9 +255,10 @@ def _as_tensor(image: Any) -> torch.Tensor:
         return pixels.reshape(*pixels.shape[:2], -1).permute(2, 0, 1)[None].expand(1, 3, -1, -1)
     if not isinstance(image, torch.Tensor):
         raise InputError(f"An image of type {type(image).__name__} was passed; pass a PIL image, a tensor or a list.")
-    if image.ndim not in (3, 4) or image.shape[-3] != 3:
+    if image.ndim not in (3, 4) or image.shape[-3] != 3 or 0 in image.shape:
         raise InputError(f"The image is a tensor {tuple(image.shape)}; pass (3, H, W) or (N, 3, H, W).")
-    return as_unit_range(image, "The image").reshape(-1, *image.shape[-3:])
+    pixels = as_unit_range(image, "The image")
+    return pixels if pixels.ndim == 4 else pixels[None]
 
 
 def _one_an_image(prompt: Any, count: int) -> list[str]:

@@ -70,6 +70,12 @@ class PreparedEdit:
         """Whether the edit has a window of steps; asked of the edit, since its strengths must not matter here."""
         return (self.edit.start, self.edit.stop) != (0.0, 1.0)
 
+    def keeps_norm(self, branch: str, context: Context) -> bool:
+        """Whether rows of the branch that it reaches now keep their norm, whatever its strengths are."""
+        known = context.host_step
+        inside = known is None or self.edit.in_window(context.steps[known], context.step_count)
+        return self.edit.preserve_norm and inside and self.edit.weights.get(branch, 0.0) != 0.0
+
     def needs(self, branch: str, context: Context) -> bool:
         """Whether it may change rows of the branch now."""
         known = context.host_step

@@ -55,6 +55,8 @@ def check_sae(name: str, identity: Any, loaded: Mapping[str, LoadedSAE]) -> None
             f"The recipe has the SAE {name!r} at {_named(identity['site'])} and it is loaded at {one.site}; "
             "load it there."
         )
+    if not isinstance(identity.get("dtype"), str | None):
+        raise InputError(f"The recipe says dtype = {identity['dtype']!r:.80} of the SAE {name!r}; it must be a name.")
     settings, ours = _object(name, identity, "settings"), settings_of(one.sae)
     for key, value in settings.items():
         if key not in ours or not _is_same(value, ours[key]):

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,6 +69,8 @@ def plan_of(recipe: Any, loaded: Mapping[str, LoadedSAE]) -> dict[str, Planned]:
             )
         try:
             edit = _read(written, {each: loaded[each] for each in recipe["saes"]})
+        except KeyError as error:
+            raise InputError(f"Edit {number} of the recipe cannot be read: {error} is missing; write it.") from None
         except (TypeError, LookupError, AttributeError, ValueError, RuntimeError, OverflowError) as error:
             reason = " ".join(str(error).split())
             raise InputError(f"Edit {number} of the recipe cannot be read: {reason}") from None
@@ -179,21 +181,34 @@ def _strength(feature: int, strength: Any) -> Any:
 
 
 def _read(written: Mapping[str, Any], loaded: Mapping[str, LoadedSAE]) -> Edit:
-    if unknown := set(written) - {*AS_GIVEN, "adapter_name", "features", "when", "mask"}:
-        raise InputError(f"{', '.join(sorted(unknown))} is unknown to this version.")
+    _check_fields(written, {*AS_GIVEN, "adapter_name", "features", "when", "mask"})
     one = loaded[written["adapter_name"]]
     given = {key: written[key] for key in AS_GIVEN if written.get(key) is not None}
     mask = torch.tensor(written["mask"]) if written.get("mask") is not None else None
     if mask is not None and mask.ndim == 3:
         mask = mask[:, None]  # (images, 1, H, W), since an (images, H, 1) could be channels that come last
     return make_edit(
-        {_feature(f): _given_strength(s) for f, s in written["features"].items()},
+        {_feature(f): _given_strength(s) for f, s in _features(written).items()},
         one.sae,
         mask=mask,
         when=_rule(written["when"], loaded) if written.get("when") is not None else None,
         statistics=one.sae.statistics,
         **given,
     )
+
+
+def _check_fields(written: Any, known: Set[str]) -> None:
+    """Raise `InputError` unless data is an object with these fields alone; a misspelt one must not be left out."""
+    if not isinstance(written, dict):
+        raise InputError(f"{written!r:.80} is no object; write {{...}} with {', '.join(sorted(known))}.")
+    if unknown := set(written) - known:
+        raise InputError(f"{', '.join(sorted(unknown))} is unknown to this version.")
+
+
+def _features(written: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(written["features"], dict):
+        raise InputError(f"features = {written['features']!r:.80} is no object; write {{feature: number}}.")
+    return written["features"]
 
 
 def _feature(text: str) -> int:
@@ -205,6 +220,7 @@ def _feature(text: str) -> int:
 def _given_strength(strength: Any) -> Any:
     if not isinstance(strength, dict):
         return strength
+    _check_fields(strength, {"timesteps", "values"})
     if not isinstance(strength["timesteps"], list) or not isinstance(strength["values"], list):
         raise InputError("The timesteps and the values of a table are lists.")
     timesteps, values = tuple(float(t) for t in strength["timesteps"]), strength["values"]
@@ -216,9 +232,10 @@ def _given_strength(strength: Any) -> Any:
 
 
 def _rule(written: Mapping[str, Any], loaded: Mapping[str, LoadedSAE]) -> Rule:
+    _check_fields(written, {"adapter_name", "features", "above", "at"})
     name = written["adapter_name"]
-    if name not in loaded:
+    if not isinstance(name, str) or name not in loaded:
         raise InputError(f"a rule looks at the SAE {name!r}, which the recipe's saes do not list.")
     at = written["at"] if written.get("at") is not None else "image"
-    rule = Rule({_feature(f): w for f, w in written["features"].items()}, written["above"], name, at)
+    rule = Rule({_feature(f): w for f, w in _features(written).items()}, written["above"], name, at)
     return checked_rule(rule, name, loaded[name].sae)

@@ -97,4 +97,6 @@ def _as_tensor(values: Any, what: str) -> torch.Tensor:
             ) from None
     if tensor.is_complex():
         raise InputError(f"{what} has complex numbers; pass real ones.")
-    return tensor
+    if tensor.is_meta or tensor.is_nested or tensor.is_quantized or tensor.layout != torch.strided:
+        raise InputError(f"{what} is a tensor that does not hold each of its numbers; pass a dense one.")
+    return tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor  # float8 compares to none

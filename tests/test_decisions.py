@@ -171,3 +171,19 @@ def test_rules_that_a_run_backwards_cannot_follow_are_refused(sd, rule, said):
     pipe.steer({1: 2.0}, adapter_name="one", when=rule)
     with pytest.raises(InputError, match=said):
         invert(pipe, IMAGES, "ab", num_inference_steps=3, edited=True, decisions={("one", 0): [True] * 3})
+
+
+def test_what_a_run_decided_is_what_its_inversion_takes():
+    harness = loaded("Stable Diffusion")
+    pipe, start = harness.pipe, invert(harness.bare, IMAGES, PROMPTS, **CALL)
+    pipe.steer({3: 20.0}, when=Rule({WATCHED: 1.0}, above=between(run(harness, start)[1])))
+    made = start.run(pipe, output_type="latent").images
+    decisions = pipe.rule_decisions()
+    assert list(decisions) == [("one", 0)] and 0 < int(decisions["one", 0].sum()) < 3
+    assert (followed_back(pipe, made, decisions) - start.latents).flatten(1).norm(dim=1).max() < 0.05
+    with pytest.raises(InputError, match=r"as pipe.rule_decisions\(\) tells after that run"):
+        invert(pipe, IMAGES, PROMPTS, **CALL, edited=True)
+    call = {"num_inference_steps": 2, "to": 1.0, "edited": True}
+    first, again = (invert(pipe, IMAGES, PROMPTS, **call, decisions=pipe.rule_decisions()) for _ in range(2))
+    assert torch.equal(first.latents, again.latents)
+    assert torch.equal(pipe.rule_decisions()["one", 0], decisions["one", 0])

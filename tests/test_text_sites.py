@@ -187,3 +187,25 @@ def test_a_check_of_a_layer_that_another_version_calls_otherwise(sd):
     sd.pipe.load_sae(random_sae(16, site={"path": OTHER_VERSIONS["Stable Diffusion"]}))
     found = sd.pipe.check_sae("ab", num_inference_steps=2)
     assert found.site in found.candidates and len({site.path for site in found.candidates}) == 2
+
+
+@pytest.mark.parametrize("kind", ["Stable Diffusion", "Stable Diffusion 3"])
+def test_of_embedded_prompts_the_encoders_read_the_negative_ones_alone(kind):
+    harness, path = loaded(kind, branch="cond")
+    call = {"num_inference_steps": 2, "output_type": "pt", **harness.tiny.arguments}
+    if kind == "Stable Diffusion":
+        embeds = {"prompt_embeds": harness.bare.encode_prompt("ab", "cpu", 1, False)[0]}
+    else:
+        encoded = harness.bare.encode_prompt("ab", None, None, do_classifier_free_guidance=False)
+        embeds = {"prompt_embeds": encoded[0], "pooled_prompt_embeds": encoded[2]}
+
+    def images(pipe):
+        return pipe(**embeds, negative_prompt="zz", generator=torch.Generator().manual_seed(0), **call).images
+
+    bare = images(harness.bare)
+    with harness.pipe.capture([path]) as seen, pytest.warns(UserWarning, match="the run had no branch cond"):
+        assert torch.equal(images(harness.pipe), bare)
+    assert set(seen[path].branch) == {"uncond"}
+    harness.pipe.reset_steering()
+    harness.pipe.steer({3: 9.0}, branch="uncond")
+    assert not torch.equal(images(harness.pipe), bare)

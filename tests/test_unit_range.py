@@ -10,6 +10,8 @@ from diffusers_sae.unit_range import as_unit_range, rgb_image
 
 WHITE_AND_GREY = {
     "bool": (np.array([[False, True]]), [[0.0, 1.0]]),
+    "torch float8": (torch.tensor([[0.25, 1.0]]).to(torch.float8_e4m3fn), [[0.25, 1.0]]),
+    "torch float8, wide": (torch.tensor([[0.25, 1.0]]).to(torch.float8_e5m2), [[0.25, 1.0]]),
     "torch bool": (torch.tensor([[False, True]]), [[0.0, 1.0]]),
     "a list of bools": ([[False, True]], [[0.0, 1.0]]),
     "uint8": (np.array([[51, 255]], np.uint8), [[0.2, 1.0]]),
@@ -137,6 +139,10 @@ def with_transparent_colour(image, colour):
         ({}, "The image of type dict holds no numbers"),
         ([[1.0], [1.0, 0.0]], "The image of type list holds no numbers in rows of one length"),
         ([[10**400]], "The image of type list holds no numbers"),
+        (torch.ones(2, 2).to_sparse(), "does not hold each of its numbers; pass a dense one"),
+        (torch.ones(2, 2, device="meta"), "does not hold each of its numbers"),
+        (torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "does not hold each of its numbers"),
+        (torch.tensor([[2.0]]).to(torch.float8_e4m3fn), "values outside 0 to 1 (or NaN)"),
     ],
 )
 def test_what_has_no_range_is_refused(values, sentence):

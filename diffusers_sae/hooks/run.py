@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..context import Context, DenoisingContext, context_of
+from ..context import Context, DenoisingContext, TextContext, context_of
 from ..edits import Edit
 from ..families import image_maker_of
 from ..handover import Handover
@@ -152,6 +152,8 @@ class SteeringRun:
         if isinstance(place.root, Handover):
             context.branches = place.root.branches
         context.first_image = self.first_image
+        if isinstance(context, TextContext):
+            context.start(self.call)
         if isinstance(context, DenoisingContext):
             context.start(self.pipe, self.call)
             if self._progress is not None:

@@ -74,8 +74,9 @@ class SAERun:
 
     def together(self, branch: str) -> tuple[Any, ...]:
         """Branches for which this is equal are changed alike, so that one call of `change` does for both."""
-        known = [self.prepared.index(edit) for edit in self.due(branch)]
-        return tuple((i, self.prepared[i].edit.weights[branch]) for i in known)
+        due = self.due(branch)
+        acting = [edit for edit in self.prepared if edit in due or edit.keeps_norm(branch, self.context)]
+        return tuple((self.prepared.index(edit), edit.edit.weights[branch]) for edit in acting)
 
     def change(self, x: torch.Tensor, branch: str, grid: Grid) -> torch.Tensor | None:
         """`M · s(t) · (dec(z') - dec(z))` of the edits that are due, or `None` where nothing changes.
@@ -94,7 +95,7 @@ class SAERun:
 
     def norm_kept(self, x: torch.Tensor, branch: str, grid: Grid) -> torch.Tensor | bool:
         """Which rows of `x (..., images, P, d)` keep their norm: all, none, or bool that broadcasts to `x`."""
-        edits = [edit for edit in self.due(branch) if edit.edit.preserve_norm]
+        edits = [edit for edit in self.prepared if edit.keeps_norm(branch, self.context)]
         reaches = [edit.reach(x, self.context, grid() if edit.needs_grid else None) for edit in edits]
         if any(reach is None for reach in reaches) or not edits:
             return bool(edits)

@@ -167,7 +167,8 @@ class SAESteeringMixin:
             when: a `Rule`: only images, or places, for which it holds are edited.
             tokens: positions that are edited, each once: of the prompt, at sites of text; of the layers of W+, at
                 StyleGAN's `w`; channels, in the layout `channels`.
-            preserve_norm: keep the norm of every row that is edited.
+            preserve_norm: keep the norm of every row that the edit reaches by its window, branch, mask, tokens and
+                rule, also where other edits change the row and this one's strength does not.
 
         Raises:
             InputError: anything above is wrong. The plan is left as it was.

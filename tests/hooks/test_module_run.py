@@ -145,3 +145,15 @@ def test_the_site_of_an_update_reads_its_input_only_for_edits_that_look_at_it():
         change = edited(sae, seen, [3], [[2.0]], mode) - seen.double().numpy()
         found = (y - x)[1:].flatten(2).transpose(1, 2)
         np.testing.assert_allclose(found.numpy(), change, atol=2e-5)
+
+
+@pytest.mark.parametrize("zero", [0.0, [0.0, 4.0], lambda progress: 0.0, lambda progress: 9.0 * (progress > 0.5)])
+def test_rows_keep_their_norm_whatever_the_strength_of_the_edit_that_asks_for_it(sae, zero):
+    """Compiled graphs do not know strengths, so that these must not matter."""
+    keeps = {"features": {3: zero}, "preserve_norm": True, "start": 0.34}
+    for step, kept in ((0, False), (1, True)):
+        run = module_run(sae, keeps, {"features": {5: 6.0}, "branch": "both"}, images=2, step=step)
+        x = torch.randn(4, 16, sae.d_in, generator=torch.Generator().manual_seed(2))
+        after = edit_by(run, x)
+        uncond, cond = ((after.norm(dim=-1) / x.norm(dim=-1)) - 1).abs().chunk(2)
+        assert bool((cond < 1e-5).all()) == kept and uncond.max() > 0.01
