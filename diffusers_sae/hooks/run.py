@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
@@ -53,28 +54,38 @@ class SteeringRun:
         self._progress: tuple[Any, int | None] | None = None
         self._device = pipe._execution_device
         self._outer: Run | None = None
+        self._ran_inside: set[str] = set()
+        self._decided_inside: dict[tuple[str, int], torch.Tensor] = {}
         self._plan: tuple[Any, ...] = ()
         self._decisions: dict[Rule, Decision] = {}
         self._prepared: dict[Edit, tuple[Context, PreparedEdit]] = {}
 
     def __enter__(self) -> SteeringRun:
         self.state.follow_modules()
-        self._take_plan()
         self._outer = current_run()
+        self._take_plan()
         set_current_run(self)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         set_current_run(self._outer)
         self._count_images()
-        self.state.decisions = self.decisions()
-        if isinstance(self._outer, SteeringRun) and self._outer.state is self.state:
-            self._outer._absorb(self)
-        elif kind is None and not self._reads_only:
+        self.state.decisions = {**self._decided_inside, **self.decisions()}
+        outer = self._outer_of_pipeline
+        if outer is not None:
+            outer._absorb(self)
+        if kind is None and not self._reads_only:
             for context in self.contexts.values():
                 context.end()
-            self._warn_of_silence()
+            if outer is None:
+                self._warn_of_silence()
             self._warn_of_idle_edits()
+
+    @property
+    def _outer_of_pipeline(self) -> SteeringRun | None:
+        """The run of the same pipeline that this one is inside of: a subclass's call around the pipeline's own."""
+        same = isinstance(self._outer, SteeringRun) and self._outer.state is self.state
+        return self._outer if same else None  # type: ignore[return-value]
 
     def at(self, key: str) -> ModuleRun | None:
         """What the run does at the module whose hook has this key."""
@@ -141,11 +152,18 @@ class SteeringRun:
         self._plan = self.state.plan()
         rules = [edit.when for loaded in self.state.active() for edit in loaded.edits if edit.when]
         # all rules, undecided, before anything runs: the SAE that one looks at may run before the edit is prepared
-        self._decisions = {rule: self._decisions.get(rule) or Decision(rule, self._device) for rule in rules}
+        self._decisions = {rule: self._decisions.get(rule) or self._new_decision(rule) for rule in rules}
         for key, place in self.state.roots():
             if key not in self.contexts:
                 self._add_context(key, place)
         self._arrange()
+
+    def _new_decision(self, rule: Rule) -> Decision:
+        """Undecided; or as the run outside decided by the prompt, which may reach this one as embeddings."""
+        outer, watched = self._outer_of_pipeline, self.state.loaded.get(rule.adapter_name)
+        if outer is not None and watched is not None and watched.site.is_text_encoder and rule in outer._decisions:
+            return copy.copy(outer._decisions[rule])
+        return Decision(rule, self._device)
 
     def _add_context(self, key: str, place: Place) -> None:
         context = context_of(place.root_name)
@@ -213,14 +231,13 @@ class SteeringRun:
 
     def _absorb(self, inner: SteeringRun) -> None:
         """A run of the same pipeline inside this one has ended; a module that ran in it has run."""
-        for key, module in inner.modules.items():
-            if key in self.modules:
-                self.modules[key].fired |= module.fired
+        self._ran_inside |= inner._ran_inside | {key for key, module in inner.modules.items() if module.fired}
+        self._decided_inside = self.state.decisions
 
     def _warn_of_silence(self) -> None:
         """Warn of edits and rules whose site has never run."""
         for key, _, saes, _ in self.state.modules():
-            if key not in self.modules or self.modules[key].fired:
+            if key not in self.modules or self.modules[key].fired or key in self._ran_inside:
                 continue
             for loaded in saes:
                 place = loaded.place

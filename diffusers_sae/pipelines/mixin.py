@@ -50,6 +50,8 @@ class SAESteeringMixin:
                 f"{cls.__name__} inherits steering after the pipeline, whose methods would come first; write "
                 f"class {cls.__name__}(SAESteeringPipeline, ...)."
             )
+        if cls.__call__ is SAESteeringMixin.__call__:
+            cls.__call__ = super().__call__  # type: ignore[misc]
         through_handover = methods_through_handover(cls)
         for name in {"__call__": None, **through_handover}:
             method = getattr(cls, name)
@@ -58,6 +60,10 @@ class SAESteeringMixin:
             elif not is_run(method):
                 nested = method if name in through_handover else None
                 setattr(cls, name, as_run(through_handover.get(name, method), nested))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The pipeline's own call, which is a run by itself, also where a subclass's methods make it by `super()`."""
+        return as_run(super().__call__.__func__)(self, *args, **kwargs)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         """Copies and pickles carry the plan, to be the plan of an independent pipeline."""
@@ -109,10 +115,8 @@ class SAESteeringMixin:
             raise InputError(
                 f"An SAE named {name!r} is loaded already; choose another adapter_name or delete_saes({name!r})."
             )
-        source = pretrained_model_name_or_path_or_dict
-        if isinstance(source, SparseAutoencoder):
-            sae = source
-        else:
+        source = sae = pretrained_model_name_or_path_or_dict
+        if not isinstance(source, SparseAutoencoder):
             sae = load_sae(
                 source, subfolder=subfolder, weight_name=weight_name, revision=revision, token=token,
                 config=config, **hub_kwargs,

@@ -3,14 +3,15 @@
 import copy
 import gc
 import pickle
+import warnings
 
 import pytest
 import torch
-from conftest import SITE, Harness
-from diffusers import FluxPipeline, StableDiffusionPipeline
+from conftest import SITE, Harness, random_sae
+from diffusers import FluxPipeline, PixArtSigmaPipeline, StableDiffusionPipeline
 from tiny import make
 
-from diffusers_sae import InputError, SAESteeringPipeline
+from diffusers_sae import InputError, Rule, SAESteeringPipeline
 from diffusers_sae.pipelines import SAESteeringMixin
 
 STEERED = {3: 6.0}
@@ -83,7 +84,30 @@ class MineByItself(SAESteeringPipeline, StableDiffusionPipeline):
         return StableDiffusionPipeline.__call__(self, prompt, **kwargs)
 
 
-@pytest.mark.parametrize("cls", [Mine, MineWithMixin, MineOfMine, MineByItself])
+class MineOfTwoPasses(SAESteeringPipeline, StableDiffusionPipeline):
+    """The same in a class of its own; what the first pass is given differs in all that a run reads."""
+
+    def __call__(self, *args, **kwargs):
+        first = {"num_inference_steps": 2, "guidance_scale": 1.0, "num_images_per_prompt": 1}
+        super().__call__(*args, **{**kwargs, **first})
+        return super().__call__(*args, **kwargs)
+
+
+class Loud:
+    """A mixin of a user's that knows nothing of steering."""
+
+    def __call__(self, *args, **kwargs):
+        return super().__call__(*args, **kwargs)
+
+
+class MineWithLoudMixin(Loud, SAESteeringMixin, StableDiffusionPipeline):
+    pass
+
+
+CLASSES = [Mine, MineWithMixin, MineOfMine, MineByItself, MineOfTwoPasses, MineWithLoudMixin]
+
+
+@pytest.mark.parametrize("cls", CLASSES)
 def test_subclasses_that_users_write_steer_and_capture(sd, sae, cls):
     sd.pipe.load_sae(sae)
     with sd.pipe.capture([SITE]) as expected:
@@ -92,7 +116,7 @@ def test_subclasses_that_users_write_steer_and_capture(sd, sae, cls):
     steered = sd.run()
     mine = cls(**make("Stable Diffusion").components, requires_safety_checker=False)
     mine.set_progress_bar_config(disable=True)
-    seeds = {"generator": torch.Generator().manual_seed(0)} if cls is not MineOfMine else {}
+    seeds = {"generator": torch.Generator().manual_seed(0)} if cls not in (MineOfMine, MineOfTwoPasses) else {}
     arguments = {"latents": torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), **seeds}
     assert torch.equal(sd.run(mine, **arguments), bare)
     with mine.capture([SITE]) as activations:
@@ -105,6 +129,62 @@ def test_subclasses_that_users_write_steer_and_capture(sd, sae, cls):
     assert isinstance(mine, StableDiffusionPipeline)
     twin = pickle.loads(pickle.dumps(mine))
     assert type(twin) is cls and torch.equal(sd.run(twin, **arguments), steered)
+
+
+def test_a_method_that_makes_the_call_by_super_is_steered(sd, sae):
+    class Painter(SAESteeringPipeline, StableDiffusionPipeline):
+        def paint(self, prompt, **kwargs):
+            return super().__call__(prompt, **kwargs)
+
+    sd.pipe.load_sae(sae)
+    sd.pipe.steer(STEERED)
+    painter = Painter(**make("Stable Diffusion").components, requires_safety_checker=False)
+    painter.set_progress_bar_config(disable=True)
+    painter.load_sae(sae)
+    painter.steer(STEERED)
+    assert torch.equal(sd.run(lambda **kwargs: painter.paint(**kwargs)), sd.run())
+
+
+def test_a_subclass_that_sets_the_guidance_itself_gets_the_right_branches():
+    class Guided(SAESteeringPipeline, PixArtSigmaPipeline):
+        def __call__(self, prompt, guidance_scale=None, **kwargs):
+            return super().__call__(prompt, guidance_scale=5.0, **kwargs)
+
+    harness = Harness("PixArt-Sigma")
+    pipes = [harness.pipe, Guided(**harness.bare.components)]
+    images = []
+    for pipe in pipes:
+        pipe.set_progress_bar_config(disable=True)
+        pipe.load_sae(harness.sae())
+        pipe.steer(STEERED)
+        images.append(harness.run(pipe, **({} if pipe is harness.pipe else {"guidance_scale": 1.0})))
+    assert torch.equal(*images)
+
+
+class MineThatEncodes(Mine):
+    def __call__(self, prompt, **kwargs):
+        embeds, negative = self.encode_prompt(prompt, "cpu", 1, True, "")
+        return super().__call__(prompt_embeds=embeds, negative_prompt_embeds=negative, **kwargs)
+
+
+@pytest.mark.parametrize("cls", [Mine, MineOfMine, MineOfTwoPasses, MineThatEncodes])
+def test_decisions_and_warnings_of_a_call_inside_a_subclass_call(sd, sae, cls):
+    mine = cls(**make("Stable Diffusion").components, requires_safety_checker=False)
+    mine.set_progress_bar_config(disable=True)
+    mine.load_sae(sae, adapter_name="image")
+    bare = sd.run(mine)
+    torch.manual_seed(3)
+    text = random_sae(16, site={"path": "text_encoder.encoder.layers.0"})
+    mine.load_sae(text, adapter_name="text")
+    mine.steer({3: 0.0}, "text", branch="both")
+    mine.steer(STEERED, "image", when=Rule(dict.fromkeys(range(32), 1.0), above=-1e9, adapter_name="text"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        steered = sd.run(mine)
+    assert mine.rule_decisions() == {("image", 0): torch.tensor([True])} and not torch.equal(steered, bare)
+    mine.steer({5: 1.0}, "image", start=0.9, stop=0.95)
+    with pytest.warns(UserWarning, match="holds none of the run's 4 steps"):
+        sd.run(mine)
 
 
 def test_a_subclass_of_a_family_with_branches_in_turn():
