@@ -160,7 +160,7 @@ class SteeringRun:
 
     def _new_decision(self, rule: Rule) -> Decision:
         """Undecided; or as the run outside decided by the prompt, which may reach this one as embeddings."""
-        outer, watched = self._outer_of_pipeline, self.state.loaded.get(rule.adapter_name)
+        outer, watched = self._outer_of_pipeline, self.state.loaded.get(rule.adapter_name or "")
         if outer is not None and watched is not None and watched.site.is_text_encoder and rule in outer._decisions:
             return copy.copy(outer._decisions[rule])
         return Decision(rule, self._device)

@@ -51,7 +51,7 @@ class SAESteeringMixin:
                 f"class {cls.__name__}(SAESteeringPipeline, ...)."
             )
         if cls.__call__ is SAESteeringMixin.__call__:
-            cls.__call__ = super().__call__  # type: ignore[misc]
+            cls.__call__ = super().__call__  # type: ignore[misc,method-assign]
         through_handover = methods_through_handover(cls)
         for name in {"__call__": None, **through_handover}:
             method = getattr(cls, name)
@@ -115,14 +115,15 @@ class SAESteeringMixin:
             raise InputError(
                 f"An SAE named {name!r} is loaded already; choose another adapter_name or delete_saes({name!r})."
             )
-        source = sae = pretrained_model_name_or_path_or_dict
-        if not isinstance(source, SparseAutoencoder):
+        source = pretrained_model_name_or_path_or_dict
+        if isinstance(source, SparseAutoencoder):
+            sae = source
+        else:
             sae = load_sae(
                 source, subfolder=subfolder, weight_name=weight_name, revision=revision, token=token,
                 config=config, **hub_kwargs,
             )  # fmt: skip
-        trained = sae.provenance.get("site")
-        wanted = site if site is not None else trained
+        wanted = site if site is not None else sae.provenance.get("site")
         if wanted is None:
             raise InputError("The SAE does not say which site it is for; pass site='unet.…'.")
         where = Site.of(wanted)
