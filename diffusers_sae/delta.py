@@ -16,7 +16,9 @@ def preserve_norm(x: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
     Where `change` is 0, so is the result.
     """
     y = x + change
-    return y * (x.norm(dim=-1, keepdim=True) / y.norm(dim=-1, keepdim=True).clamp(min=1e-12)) - x
+    # 0 / 0 is a row that stays as it is, so that no bound on the norm is needed, which would change tiny rows
+    scale = torch.nan_to_num(x.norm(dim=-1, keepdim=True) / y.norm(dim=-1, keepdim=True), nan=1.0)
+    return y * scale - x
 
 
 def write_moved(result: torch.Tensor, x: torch.Tensor, rows: slice, change: torch.Tensor) -> None:

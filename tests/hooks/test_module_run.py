@@ -157,3 +157,16 @@ def test_rows_keep_their_norm_whatever_the_strength_of_the_edit_that_asks_for_it
         after = edit_by(run, x)
         uncond, cond = ((after.norm(dim=-1) / x.norm(dim=-1)) - 1).abs().chunk(2)
         assert bool((cond < 1e-5).all()) == kept and uncond.max() > 0.01
+
+
+def test_rows_that_nothing_changes_keep_tiny_and_huge_numbers_beside_preserve_norm():
+    x = torch.randn(2, 8, 4, 4)
+    x[:, :, 0, 0], x[:, :, 0, 1], x[:, :, 0, 2] = 0.0, 1e-14, 1e30
+    edit = {"features": {3: 1e-30}, "mode": "scale", "preserve_norm": True, "branch": "both"}
+    sae = random_sae()
+    with torch.no_grad():
+        sae.b_enc.fill_(-1e9)  # no latent fires, so that scaling one changes nothing
+        sae.b_enc[5] = 1e9
+    y = edit_by(module_run(sae, edit), x)
+    assert torch.equal(bits(y[:, :, 0, :2]), bits(x[:, :, 0, :2])) and torch.equal(y[:, :, 0, 2], x[:, :, 0, 2])
+    assert torch.equal(y, x)
