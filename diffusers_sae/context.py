@@ -90,7 +90,7 @@ class Context:
         return [branch for branch in branches if branch not in self.branches]
 
     def end(self) -> None:
-        """The run has ended without an error; raises `InputError` if a step of it could not be told."""
+        """The run has ended without an error; raises `InputError` if the step of one of its calls is unknown."""
 
 
 class TextContext(Context):

@@ -61,7 +61,7 @@ BRANCH_WEIGHTS: dict[str, dict[str, float]] = {
 
 @dataclass(frozen=True, eq=False)
 class Edit:
-    """One operation on some latents of one SAE: when, where, and how strongly. Edits are told apart by identity."""
+    """One operation on some latents of one SAE: when, where, and how strongly. Edits compare by identity."""
 
     features: tuple[int, ...]
     strengths: tuple[Any, ...]

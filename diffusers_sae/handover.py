@@ -71,11 +71,11 @@ def _after(method: Callable) -> Callable:
 
     @functools.wraps(method)
     def through(self: Any, *args: Any, **kwargs: Any) -> Any:
-        made = method(self, *args, **kwargs)
-        embeds, negative = made if isinstance(made, tuple) else made.to_tuple()
+        output = method(self, *args, **kwargs)
+        embeds, negative = output if isinstance(output, tuple) else output.to_tuple()
         rows = torch.cat([torch.as_tensor(negative), torch.as_tensor(embeds)])[:, None]
         edited = self._steering.handover(rows)[:, 0].chunk(2)
         negative, embeds = edited if isinstance(embeds, torch.Tensor) else (each.numpy() for each in edited)
-        return (embeds, negative) if isinstance(made, tuple) else type(made)(embeds, negative)
+        return (embeds, negative) if isinstance(output, tuple) else type(output)(embeds, negative)
 
     return through

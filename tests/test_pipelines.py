@@ -200,6 +200,13 @@ def test_delete_keeps_the_others(sd):
     assert list(sd.pipe.get_list_saes()) == ["a"]
 
 
+def test_an_sae_that_is_named_twice_is_deleted_once(sd):
+    for name in ("a", "b"):
+        sd.pipe.load_sae(random_sae(), adapter_name=name)
+    sd.pipe.delete_saes(["a", "a"])
+    assert list(sd.pipe.get_list_saes()) == ["b"]
+
+
 @pytest.mark.parametrize("kind", ["output", "update"])
 def test_output_and_update_sites_move_the_output(sd, sae, kind):
     with warnings.catch_warnings():

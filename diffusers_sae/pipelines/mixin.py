@@ -279,8 +279,8 @@ class SAESteeringMixin:
         """
         from ..evaluation.checking import check_sae
 
-        one = self._named(adapter_name)
-        return check_sae(self, one.sae, one.site, prompt, **call)
+        loaded = self._named(adapter_name)
+        return check_sae(self, loaded.sae, loaded.site, prompt, **call)
 
     def enable_sae(self, adapter_name: str | None = None) -> None:
         """Let the edits of one SAE, or of all, act again."""
@@ -306,7 +306,7 @@ class SAESteeringMixin:
 
     def delete_saes(self, adapter_names: str | Sequence[str]) -> None:
         """Unload the named SAEs and their edits."""
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        names = [adapter_names] if isinstance(adapter_names, str) else list(dict.fromkeys(adapter_names))
         self._check_that_no_rule_needs(names)
         for one in [self._named(name) for name in names]:
             self._steering.remove(one)

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from conftest import SITE, Harness
+from conftest import SITE, Harness, random_sae
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from tiny import make, tiny_unet
 
@@ -222,14 +222,21 @@ def test_a_capture_opened_and_closed_in_a_callback(sd):
 def test_rules_that_are_decided_stay_decided_when_the_plan_changes(sd, sae):
     from diffusers_sae import Rule
 
-    sd.pipe.load_sae(sae)
-    with sd.pipe.capture([SITE]) as bare:
-        sd.run()
-    first = float(sae.encode(bare[SITE].rows("cond", bare[SITE].timestep[0].item()))[0].mean(0)[3])
-    sd.pipe.steer(STEERED, when=Rule({3: 1.0}, above=first - 1e-4))
-    late = edited_at(sd, sae, (0, 1, 2, 3))
-    images = sd.run(callback_on_step_end=after_step(0, lambda pipe: pipe.steer({5: 0.0})))
-    assert torch.equal(images, late) and sd.pipe.rule_decisions()["default_0", 0].tolist() == [True]
+    earlier = "unet.down_blocks.0.attentions.0"
+    sd.pipe.load_sae(sae, adapter_name="late")
+    sd.pipe.load_sae(random_sae(site={"path": earlier}), adapter_name="early")
+    sd.pipe.steer(STEERED, "late")
+    with sd.pipe.capture([earlier]) as seen:
+        steered = sd.run()
+    rows = torch.cat([seen[earlier].rows("cond", t.item()) for t in seen[earlier].timestep[::2]])
+    means = sd.pipe._steering.loaded["early"].sae.encode(rows).mean(1)  # (steps, n)
+    drop, feature = (means[0] - means[1:].amax(0)).max(0)
+    assert drop > 0
+    rule = Rule({int(feature): 1.0}, float(means[0, feature] - drop / 2), "early")  # which holds at the first step only
+    sd.pipe.reset_steering()
+    sd.pipe.steer(STEERED, "late", when=rule)
+    images = sd.run(callback_on_step_end=after_step(0, lambda pipe: pipe.steer({5: 0.0}, "late")))
+    assert torch.equal(images, steered) and sd.pipe.rule_decisions()["late", 0].tolist() == [True]
 
 
 class Recorder(PipelineCallback):
