@@ -1,6 +1,7 @@
 """Gives the edits of a plan the decisions that their rules took in another run.
 
-A rule decides by what an SAE sees at the beginning of a run. A run backwards ends there, so the decisions are an argument.
+A rule decides by what an SAE sees at the beginning of a run. A run backwards ends there, so that the decisions are
+passed to it.
 """
 
 from __future__ import annotations

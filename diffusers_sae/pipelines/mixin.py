@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import copyreg
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 
 from ..activations import Activations, SiteActivations
 from ..context import Context
@@ -20,8 +17,7 @@ from ..disk import write_whole
 from ..edits import Edit, check_fits, make_edit
 from ..errors import InputError
 from ..families import check_supported
-from ..handover import methods_through_handover
-from ..hooks import LoadedSAE, Observer, SteeringState, as_run, is_run, run_of
+from ..hooks import LoadedSAE, Observer, run_of
 from ..loaders import Source, load_sae
 from ..origin import base_model, warn_of_other_recipe, warn_of_other_sae
 from ..recipes import plan_of, read_json, recipe_of
@@ -31,58 +27,14 @@ from ..site_mapping import distinct_sites
 from ..sites import Site, resolve
 from ..strengths import Strength
 from ..widths import check_update, row_width_of
+from .base import SteerableBase
 
 
-class SAESteeringMixin:
+class SAESteeringMixin(SteerableBase):
     """What steering adds to a diffusers pipeline. Mix it in before the pipeline's class, or use `SAESteeringPipeline`.
 
     SAEs are side-loaded, as LoRAs are: they are no components, and `save_pretrained` writes the stock pipeline.
     """
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Make the calls of a pipeline's class runs, whether it is a user's or made on the fly."""
-        super().__init_subclass__(**kwargs)
-        if not issubclass(cls, DiffusionPipeline):
-            return
-        mixin, pipeline = (cls.__mro__.index(each) for each in (SAESteeringMixin, DiffusionPipeline))
-        if mixin > pipeline:
-            raise InputError(
-                f"{cls.__name__} inherits steering after the pipeline, whose methods would come first; write "
-                f"class {cls.__name__}(SAESteeringPipeline, ...)."
-            )
-        if cls.__call__ is SAESteeringMixin.__call__:
-            cls.__call__ = super().__call__  # type: ignore[misc,method-assign]
-        through_handover = methods_through_handover(cls)
-        for name in {"__call__": None, **through_handover}:
-            method = getattr(cls, name)
-            if name == "noise_image_embeddings":
-                cls.noise_image_embeddings = through_handover[name]  # type: ignore[attr-defined]
-            elif not is_run(method):
-                nested = method if name in through_handover else None
-                setattr(cls, name, as_run(through_handover.get(name, method), nested))
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The pipeline's own call, which is a run by itself, also where a subclass's methods make it by `super()`."""
-        return as_run(super().__call__.__func__)(self, *args, **kwargs)  # type: ignore[misc]
-
-    def __reduce_ex__(self, protocol: Any) -> tuple:
-        """Copies and pickles carry the plan, to be the plan of an independent pipeline."""
-        attributes = {name: value for name, value in self.__dict__.items() if name != "_steering_state"}
-        plan = [replace(loaded, place=None) for loaded in self._steering.loaded.values()]  # type: ignore[arg-type]
-        return copyreg.__newobj__, (type(self),), {**attributes, "_plan": plan}  # type: ignore[attr-defined]
-
-    def __setstate__(self, attributes: dict[str, Any]) -> None:
-        plan = attributes.pop("_plan", [])
-        self.__dict__.update(attributes)
-        for loaded in plan:
-            self._steering.add(replace(loaded, place=resolve(self, loaded.site), edits=list(loaded.edits)))
-
-    @property
-    def _steering(self) -> SteeringState:
-        state = self.__dict__.get("_steering_state")
-        if state is None:
-            state = self.__dict__["_steering_state"] = SteeringState(self)
-        return state
 
     def load_sae(
         self,
