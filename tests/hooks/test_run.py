@@ -201,6 +201,31 @@ def test_enabling_and_loading_in_a_callback(sd, sae):
     assert torch.equal(sd.run(callback_on_step_end=after_step(0, load)), edited_at(sd, sae, (1, 2)))
 
 
+def test_an_sae_loaded_in_a_callback_counts_the_steps_of_the_whole_run(sd, sae):
+    seen = []
+
+    def load(pipe):
+        pipe.load_sae(sae)
+        pipe.steer({3: lambda done: seen.append(done) or 0.0})
+
+    sd.run(callback_on_step_end=after_step(1, load))
+    assert seen == [0.0, 0.25, 0.5, 0.75]
+
+
+@pytest.mark.filterwarnings("ignore:The SAE was trained at")
+def test_a_capture_of_an_input_holds_it_as_it_was_edited(sd, sae):
+    site = Site(SITE, kind="input")
+    with sd.pipe.capture([site]) as bare:
+        sd.run()
+    sd.pipe.load_sae(sae, site)
+    sd.pipe.steer(STEERED)
+    with sd.pipe.capture([site]) as steered:
+        sd.run()
+    t = bare[site].timestep[0].item()
+    change = steered[site].rows("cond", t) - bare[site].rows("cond", t)
+    torch.testing.assert_close(change, (6.0 * sae.W_dec[3]).expand_as(change), atol=1e-5, rtol=1e-5)
+
+
 def test_a_capture_opened_and_closed_in_a_callback(sd):
     with sd.pipe.capture([SITE]) as whole:
         sd.run()
