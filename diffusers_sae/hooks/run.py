@@ -114,9 +114,10 @@ class SteeringRun:
         """
         if self._reads_only:
             return
+        if self._progress is None or loop is not None or total is not None:
+            self._progress = loop, total  # kept also for components whose first site comes later in the run
         for context in self.contexts.values():
             if isinstance(context, DenoisingContext) and not context.is_prepared:
-                self._progress = loop, total
                 context.prepare(self._device, loop, total)
                 self._prepare_anew(context)
 
